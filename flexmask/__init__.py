@@ -1,0 +1,24 @@
+"""flexmask: fine-tune language models on multi-turn reasoning in one pass, with exactly the losses of N passes."""
+
+from .attention import tree_attention
+from .collator import OnePassCollator
+from .integrations.transformers import register as _register
+from .mask import tree_block_mask
+from .packing import pack, pack_stream
+from .passes import ConversationError, Pass, render_passes
+from .tree import TokenTree
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConversationError",
+    "OnePassCollator",
+    "Pass",
+    "TokenTree",
+    "pack",
+    "pack_stream",
+    "render_passes",
+    "tree_attention",
+    "tree_block_mask",
+]
+
+_register()

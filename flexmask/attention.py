@@ -1,0 +1,135 @@
+"""tree_attention(): one function, and the one place that chooses the backend."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+
+import torch
+from torch import Tensor
+
+from .mask import check_subtree_end, once_per_forward
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("flex", "blockwise")
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    subtree_end: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention in which a token sees its ancestors in the tree and itself.
+
+    Args:
+        query: (batch, heads, L, head_dim), float64, float32, bfloat16 or float16.
+        key: (batch, kv_heads, L, head_dim); heads must be a multiple of kv_heads (grouped-query attention).
+        value: (batch, kv_heads, L, value_dim).
+        subtree_end: int32 (batch, L), one past the last token of the subtree under each token.
+        scale: factor of the scores, default head_dim ** -0.5.
+        softcap: scores become softcap * tanh(scores / softcap), after the scale.
+        sliding_window: a query sees ancestors fewer than this many positions before it; needs `position_ids`.
+        position_ids: integer (batch, L), or (1, L) for all, the logical position of each token.
+        sinks: (heads,), per head a score that takes part in the softmax and has no value (gpt-oss).
+        backend: "flex" (CUDA; CPU without gradients), "blockwise" (any device), or "auto": the fastest that works.
+
+    Returns:
+        (batch, heads, L, value_dim) in the dtype of `query`, or of autocast where that is on.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or range, or ends that cross.
+        NotImplementedError: the backend asked for cannot do this; the text names one that can.
+    """
+    query, key, value = _one_dtype(query, key, value)
+    if position_ids is not None:
+        position_ids = position_ids.expand(query.shape[0], -1)
+    _check(query, key, value, subtree_end, scale, softcap, sliding_window, position_ids, sinks, backend)
+    arguments = {
+        "scale": query.shape[-1] ** -0.5 if scale is None else scale,
+        "softcap": softcap,
+        "sliding_window": sliding_window,
+        "position_ids": position_ids if sliding_window is not None else None,
+        "sinks": sinks,
+    }
+    if backend != "auto":
+        return _backend(backend)(query, key, value, subtree_end, **arguments)
+    for name in _preferred(query.device.type):
+        try:
+            return _backend(name)(query, key, value, subtree_end, **arguments)
+        except Exception as error:
+            if name == "blockwise" or torch.compiler.is_compiling():
+                raise
+            _broken[name] = f"{type(error).__name__}: {error}"
+            logger.warning("flexmask: backend %r failed and is not used any more (%s)", name, _broken[name])
+    raise AssertionError("unreachable: blockwise returns or raises")
+
+
+_broken: dict[str, str] = {}  # backends that failed under "auto", and why
+
+
+def _preferred(device: str) -> list[str]:
+    """Backends to try, best first."""
+    names = ["flex", "blockwise"] if device == "cuda" else ["blockwise"]
+    return [name for name in names if name not in _broken]
+
+
+@functools.cache
+def _backend(name: str):
+    return importlib.import_module(f".backends.{name}", __package__).attention
+
+
+def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, cast as PyTorch's own attention would: models hand over float32 q and k with a bfloat16 v."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return query.to(dtype), key.to(dtype), value.to(dtype)
+    return query, key, value
+
+
+def _check(query, key, value, subtree_end, scale, softcap, sliding_window, position_ids, sinks, backend) -> None:
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(('auto', *BACKENDS))}")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (batch, heads, L, head_dim)")
+        if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16) or x.dtype != query.dtype:
+            raise TypeError(f"{name} is {x.dtype} beside a query of {query.dtype}, expected one floating dtype for all")
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    if key.shape != (batch, kv_heads, length, head_dim) or value.shape[:3] != key.shape[:3] or heads % kv_heads:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit; expected "
+            "(batch, heads, L, head_dim), (batch, kv_heads, L, head_dim) and (batch, kv_heads, L, value_dim), with heads "
+            "a multiple of kv_heads (a key/value cache cannot be combined with subtree_end)"
+        )
+    once_per_forward(check_subtree_end, subtree_end)
+    if subtree_end.shape != (batch, length):
+        raise ValueError(f"subtree_end has shape {tuple(subtree_end.shape)}, expected ({batch}, {length})")
+    if subtree_end.device != query.device:
+        raise ValueError(f"subtree_end is on {subtree_end.device}, the query on {query.device}; expected one device")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}, expected a positive number or None")
+    if sliding_window is not None:
+        if sliding_window < 1:
+            raise ValueError(f"sliding_window is {sliding_window}, expected at least 1 (the token itself) or None")
+        if position_ids is None:
+            raise ValueError(
+                "sliding_window needs position_ids: a window counts logical positions, not places in the row"
+            )
+        if position_ids.shape != (batch, length) or position_ids.is_floating_point():
+            raise ValueError(
+                f"position_ids is {position_ids.dtype} {tuple(position_ids.shape)}, expected integers ({batch}, {length})"
+            )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks has shape {tuple(sinks.shape)}, expected one per head ({heads},)")

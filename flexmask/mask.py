@@ -1,0 +1,228 @@
+"""subtree_end -> which tiles of the attention matrix hold anything, and the mask inside them. Never anything L×L.
+
+A tile is a block of queries against a block of keys. With `visible(q, k) = k <= q < subtree_end[k]`, for key block K
+left of query block Q (first token q0, last token q1):
+
+    empty    max(subtree_end[K]) <= q0         no key reaches the first query, so none reaches a later one
+    full     min(subtree_end[K]) >  q1         every key reaches the last query, so also every earlier one
+    partial  otherwise, and every tile on the diagonal
+
+which is exact, from two numbers per key block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK_SIZE = 128
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """For each query block the key blocks to read, and the transpose; n = ceil(L / block_size) blocks.
+
+    All are int32: `*_num` (batch, 1, n), `*_indices` (batch, 1, n, n), of which the first `*_num` entries of a line
+    count. `kv_*` lists key blocks per query block, `q_*` query blocks per key block; `full_*` tiles need no mask.
+    """
+
+    kv_num: Tensor
+    kv_indices: Tensor
+    full_kv_num: Tensor
+    full_kv_indices: Tensor
+    q_num: Tensor
+    q_indices: Tensor
+    full_q_num: Tensor
+    full_q_indices: Tensor
+
+
+def check_subtree_end(subtree_end: Tensor) -> None:
+    """Refuse what is not the subtree ends of a forest in depth-first order.
+
+    Args:
+        subtree_end: int32 (batch, L).
+
+    Raises:
+        TypeError: not an int32 tensor.
+        ValueError: wrong shape; an end outside (k, L]; subtrees that cross.
+    """
+    if not isinstance(subtree_end, Tensor) or subtree_end.dtype != torch.int32:
+        came = subtree_end.dtype if isinstance(subtree_end, Tensor) else type(subtree_end).__name__
+        raise TypeError(f"subtree_end is {came}, expected an int32 tensor")
+    if subtree_end.ndim != 2 or not subtree_end.shape[1]:
+        raise ValueError(f"subtree_end has shape {tuple(subtree_end.shape)}, expected (batch, L) with L >= 1")
+    place = torch.arange(subtree_end.shape[1], dtype=torch.int32, device=subtree_end.device)
+    wrong = (subtree_end <= place) | (subtree_end > subtree_end.shape[1])
+    if wrong.any():
+        b, k = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"subtree_end[{b}, {k}] is {subtree_end[b, k].item()}, expected an end in {k + 1}..{subtree_end.shape[1]} "
+            "(a padding token sees itself only: its end is its place + 1)"
+        )
+    crossing = _largest_end_within(subtree_end) > subtree_end
+    if crossing.any():
+        b, k = crossing.nonzero()[0].tolist()
+        raise ValueError(
+            f"subtree_end[{b}, {k}] is {subtree_end[b, k].item()}, but a token of that subtree has a later end: "
+            "subtrees must be nested or apart, never cross"
+        )
+
+
+def _largest_end_within(subtree_end: Tensor) -> Tensor:
+    """max(subtree_end[k : subtree_end[k]]) for every k, by doubling windows: O(L log L), no loop over tokens."""
+    place = torch.arange(subtree_end.shape[1], device=subtree_end.device)
+    size = subtree_end - place
+    largest = subtree_end.clone()
+    window, width = subtree_end, 1  # window[:, i] = max(subtree_end[:, i : i + width])
+    while width * 2 <= subtree_end.shape[1]:
+        window = torch.maximum(window[:, :-width], window[:, width:])
+        width *= 2
+        fits = size >= width
+        last = (subtree_end - width).clamp(0, window.shape[1] - 1).long()
+        first = place.clamp(max=window.shape[1] - 1).expand_as(last)
+        both = torch.maximum(window.gather(1, first), window.gather(1, last))
+        largest = torch.where(fits, torch.maximum(largest, both), largest)
+    return largest
+
+
+def block_lists(
+    subtree_end: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    sliding_window: int | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> BlockLists:
+    """The tiles that hold visible pairs, as index lists, on the device of `subtree_end`.
+
+    Args:
+        subtree_end: int32 (batch, L).
+        position_ids: integer (batch, L), needed with a sliding window.
+        sliding_window: a query sees keys fewer than this many positions before it. The positions of a block are known
+            by their extremes only, so a few tiles that the window empties may stay listed as partial.
+        block_size: queries, and keys, of a tile.
+    """
+    length = subtree_end.shape[1]
+    n = -(-length // block_size)
+    device = subtree_end.device
+    place = torch.arange(n * block_size, device=device).clamp(max=length - 1)
+    ends = subtree_end[:, place].unflatten(1, (n, block_size))
+    block = torch.arange(n, device=device)
+    first = (block * block_size)[:, None]
+    last = (first + block_size - 1).clamp(max=length - 1)
+    left = block[None, :] < block[:, None]  # [query block, key block]
+
+    visible = left & (ends.amax(-1)[:, None, :] > first)
+    full = left & (ends.amin(-1)[:, None, :] > last)
+    if sliding_window is not None:
+        positions = position_ids[:, place].unflatten(1, (n, block_size))
+        low, high = positions.amin(-1), positions.amax(-1)
+        visible &= low[:, :, None] - high[:, None, :] < sliding_window
+        full &= high[:, :, None] - low[:, None, :] < sliding_window
+    partial = (visible & ~full) | (block[None, :] == block[:, None])
+    full = full & visible
+    return BlockLists(*_ordered(partial), *_ordered(full), *_ordered(partial.mT), *_ordered(full.mT))
+
+
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """bool (batch, n, m) -> per line how many are set, and their indices first: int32 (batch, 1, n), (batch, 1, n, m)."""
+    indices = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return tiles.sum(-1, dtype=torch.int32)[:, None], indices[:, None]
+
+
+def once_per_forward(build: Callable, subtree_end: Tensor, *, position_ids: Tensor | None = None, **arguments):
+    """`build(subtree_end, …)`, computed by the first layer and shared by the others, which get the same tensor.
+
+    Under torch.compile nothing is kept: the compiler merges equal computations of one graph by itself.
+    """
+    tensors = {} if position_ids is None else {"position_ids": position_ids}
+    if torch.compiler.is_compiling():
+        return None if build is check_subtree_end else build(subtree_end, **tensors, **arguments)
+    kept = subtree_end.__dict__.setdefault("_flexmask", {})
+    versions = tuple(0 if x.is_inference() else x._version for x in (subtree_end, *tensors.values()))
+    key = (build, *versions, *(x.data_ptr() for x in tensors.values()), *arguments.items())
+    if key not in kept:
+        # position_ids are kept too, so that their address cannot be taken by others meanwhile
+        kept[key] = build(subtree_end, **tensors, **arguments), tensors
+    return kept[key][0]
+
+
+def mask_mod(
+    subtree_end: Tensor, *, position_ids: Tensor | None = None, sliding_window: int | None = None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The tree mask as FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`. Arguments as in `block_lists`."""
+
+    def tree_mask(b, h, q_idx, kv_idx):
+        return (kv_idx <= q_idx) & (q_idx < subtree_end[b, kv_idx])
+
+    def windowed_tree_mask(b, h, q_idx, kv_idx):
+        near = position_ids[b, q_idx] - position_ids[b, kv_idx] < sliding_window
+        return tree_mask(b, h, q_idx, kv_idx) & near
+
+    return tree_mask if sliding_window is None else windowed_tree_mask
+
+
+def score_mod(
+    *,
+    softcap: float | None = None,
+    subtree_end: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    sliding_window: int | None = None,
+) -> Callable | None:
+    """FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`: soft-capping, and the mask for callers without block lists.
+
+    Args:
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118, section 2).
+        subtree_end: int32 (batch, L); if given, invisible pairs get a score of -inf.
+        position_ids, sliding_window: as in `block_lists`.
+
+    Returns:
+        The function, or None if there is nothing to do.
+    """
+    visible = None
+    if subtree_end is not None:
+        visible = mask_mod(subtree_end, position_ids=position_ids, sliding_window=sliding_window)
+
+    def capped(score, b, h, q_idx, kv_idx):
+        return softcap * torch.tanh(score / softcap)
+
+    def masked(score, b, h, q_idx, kv_idx):
+        return torch.where(visible(b, h, q_idx, kv_idx), score, -float("inf"))
+
+    def capped_and_masked(score, b, h, q_idx, kv_idx):
+        return masked(capped(score, b, h, q_idx, kv_idx), b, h, q_idx, kv_idx)
+
+    if visible is None:
+        return None if softcap is None else capped
+    return masked if softcap is None else capped_and_masked
+
+
+def tree_block_mask(
+    subtree_end: Tensor,
+    block_size: int = BLOCK_SIZE,
+    *,
+    position_ids: Tensor | None = None,
+    sliding_window: int | None = None,
+) -> BlockMask:
+    """A torch `BlockMask` for the tree mask, with forward and transposed lists, made without `create_block_mask`.
+
+    Arguments as in `block_lists`; the result lives on the device of `subtree_end`, where it must be used
+    (`BlockMask.to` would not move the tensors its `mask_mod` reads).
+    """
+    lists = block_lists(subtree_end, position_ids=position_ids, sliding_window=sliding_window, block_size=block_size)
+    return BlockMask(
+        seq_lengths=(subtree_end.shape[1], subtree_end.shape[1]),
+        kv_num_blocks=lists.kv_num,
+        kv_indices=lists.kv_indices,
+        full_kv_num_blocks=lists.full_kv_num,
+        full_kv_indices=lists.full_kv_indices,
+        q_num_blocks=lists.q_num,
+        q_indices=lists.q_indices,
+        full_q_num_blocks=lists.full_q_num,
+        full_q_indices=lists.full_q_indices,
+        BLOCK_SIZE=(block_size, block_size),
+        mask_mod=mask_mod(subtree_end, position_ids=position_ids, sliding_window=sliding_window),
+    )

@@ -1,0 +1,234 @@
+"""Passes -> prefix tree of tokens, written depth-first, the heaviest child first.
+
+The N passes of a conversation share prefixes. Merged into a trie, every token with the same ancestors is stored
+once, and one integer per token, the end of its subtree, is the whole attention mask:
+
+    visible(q, k)  =  k <= q < subtree_end[k]          "k is an ancestor of q, or q itself"
+
+numpy only; nothing here loops over tokens, only over the runs of tokens between two forks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from .passes import Pass
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTree:
+    """A prefix tree of tokens in depth-first order; or a forest, several trees in a row.
+
+    L tokens, M targets, P passes with S supervised tokens in all.
+
+    Attributes:
+        input_ids: int64[L], the tokens.
+        position_ids: int64[L], number of ancestors of each token: its position in every pass it belongs to.
+        subtree_end: int32[L], one past the last token of the subtree under each token.
+        target_index: int64[M], where the hidden state that predicts a target is read: the target's parent.
+        target_ids: int64[M], the token that must be predicted there.
+        target_weight: float32[M], summed over the passes that supervise the token.
+        pass_targets: int64[S], for each supervised token of each pass, in order, the target it became.
+        pass_supervised: int64[P], how many supervised tokens each pass has.
+        pass_lengths: int64[P], how many tokens each pass has.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    subtree_end: np.ndarray
+    target_index: np.ndarray
+    target_ids: np.ndarray
+    target_weight: np.ndarray
+    pass_targets: np.ndarray
+    pass_supervised: np.ndarray
+    pass_lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_passes(self) -> int:
+        return len(self.pass_lengths)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.target_ids)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest path from a root to a leaf: the longest sequence the model sees."""
+        return int(self.position_ids.max(initial=-1)) + 1
+
+    @classmethod
+    def from_passes(cls, passes: Iterable[Pass]) -> TokenTree:
+        """Merge passes into their prefix tree.
+
+        Args:
+            passes: any number of passes, at least one. Passes without a common first token give several roots.
+
+        Raises:
+            ValueError: no passes; an empty pass; a loss_mask of another length than its input_ids; a negative token
+                id; a pass that supervises its first token, which nothing can predict.
+        """
+        passes = list(passes)
+        if not passes:
+            raise ValueError("from_passes: got no passes, expected at least one")
+        tokens = [_token_array(p, i) for i, p in enumerate(passes)]
+
+        root = _Run(np.empty(0, np.int64), depth=0)
+        for ids in tokens:
+            root.insert(ids)
+        runs = root.layout()
+
+        supervised = [np.flatnonzero(np.asarray(p.loss_mask, dtype=bool)) for p in passes]
+        for i, positions in enumerate(supervised):
+            if len(positions) and positions[0] == 0:
+                raise ValueError(
+                    f"pass {i} supervises its first token, which has no context to be predicted from; "
+                    "start the pass with at least one token (a BOS token, say) that is not supervised"
+                )
+        paths = [root.path(ids) for ids in tokens]
+        target_of = np.concatenate([path[positions] for path, positions in zip(paths, supervised)])
+        parent_of = np.concatenate([path[positions - 1] for path, positions in zip(paths, supervised)])
+        weights = np.repeat([p.weight for p in passes], [len(s) for s in supervised])
+        # A token supervised by several passes is one target, and its weights count together.
+        target_nodes, first, pass_targets = np.unique(target_of, return_index=True, return_inverse=True)
+
+        input_ids = np.concatenate([run.tokens for run in runs])
+        return cls(
+            input_ids=input_ids,
+            position_ids=np.concatenate([np.arange(r.depth, r.depth + len(r.tokens)) for r in runs]),
+            subtree_end=np.concatenate([np.full(len(r.tokens), r.start + r.size, np.int32) for r in runs]),
+            target_index=parent_of[first],
+            target_ids=input_ids[target_nodes],
+            target_weight=np.bincount(pass_targets, weights, len(target_nodes)).astype(np.float32),
+            pass_targets=pass_targets.astype(np.int64),
+            pass_supervised=np.array([len(s) for s in supervised], np.int64),
+            pass_lengths=np.array([len(ids) for ids in tokens], np.int64),
+        )
+
+    @classmethod
+    def concat(cls, trees: Sequence[TokenTree]) -> TokenTree:
+        """Put trees in a row: a forest in which no tree sees another."""
+        if not trees:
+            raise ValueError("concat: got no trees, expected at least one")
+        token_offsets = np.cumsum([0] + [len(t) for t in trees[:-1]])
+        target_offsets = np.cumsum([0] + [t.num_targets for t in trees[:-1]])
+        offset_of = {"subtree_end": token_offsets, "target_index": token_offsets, "pass_targets": target_offsets}
+        columns = {}
+        for field in fields(cls):
+            parts = [getattr(t, field.name) for t in trees]
+            if field.name in offset_of:
+                parts = [part + part.dtype.type(o) for part, o in zip(parts, offset_of[field.name])]
+            columns[field.name] = np.concatenate(parts)
+        return cls(**columns)
+
+    def per_pass(self, values) -> list:
+        """Values of targets -> one array per pass, the values of its supervised tokens in order.
+
+        Args:
+            values: M values in the order of the targets, a numpy array or a torch tensor.
+        """
+        if len(values) != self.num_targets:
+            raise ValueError(f"per_pass: got {len(values)} values, expected one per target ({self.num_targets})")
+        ends = np.cumsum(self.pass_supervised)
+        return [values[self.pass_targets[end - n : end]] for end, n in zip(ends, self.pass_supervised)]
+
+    def to_dict(self) -> dict[str, np.ndarray]:
+        """The tree as columns, for `datasets.map` and Arrow files. `from_dict` reads them back."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, columns: Mapping) -> TokenTree:
+        """A tree from the columns of `to_dict`, in whatever sequence type a dataset returns them.
+
+        Raises:
+            ValueError: a column is missing.
+        """
+        missing = [name for name in _DTYPES if name not in columns]
+        if missing:
+            raise ValueError(f"a pre-tokenised tree lacks the columns {missing}; write it with TokenTree.to_dict()")
+        return cls(**{name: np.asarray(columns[name], dtype) for name, dtype in _DTYPES.items()})
+
+
+_DTYPES = {field.name: np.int64 for field in fields(TokenTree)} | {
+    "subtree_end": np.int32,
+    "target_weight": np.float32,
+}
+
+
+class _Run:
+    """A run of tokens with no fork inside: an edge of the compressed trie. The root run is empty."""
+
+    def __init__(self, tokens: np.ndarray, depth: int):
+        self.tokens = tokens
+        self.depth = depth  # ancestors of the first token
+        self.children: dict[int, _Run] = {}  # by first token
+        self.size = 0  # tokens of the subtree, this run included
+        self.start = 0  # place of the first token in the row
+
+    def insert(self, ids: np.ndarray) -> None:
+        run, depth = self, 0
+        while depth < len(ids):
+            child = run.children.get(int(ids[depth]))
+            if child is None:
+                run.children[int(ids[depth])] = _Run(ids[depth:], depth)
+                return
+            shared = _common_prefix_length(child.tokens, ids[depth:])
+            child.split(shared)
+            run, depth = child, depth + shared
+
+    def split(self, at: int) -> None:
+        """Fork this run after `at` tokens; what follows becomes its only child."""
+        if at == len(self.tokens):
+            return
+        rest = _Run(self.tokens[at:], self.depth + at)
+        rest.children, self.children = self.children, {int(self.tokens[at]): rest}
+        self.tokens = self.tokens[:at]
+
+    def layout(self) -> list[_Run]:
+        """Give every run its place: depth-first preorder, heaviest child first."""
+        found, pending = [], [self]
+        while pending:
+            found.append(pending.pop())
+            pending.extend(found[-1].children.values())
+        for run in reversed(found):  # children before parents
+            run.size = len(run.tokens) + sum(child.size for child in run.children.values())
+
+        runs, place, pending = [], 0, [self]
+        while pending:
+            run = pending.pop()
+            run.start = place
+            place += len(run.tokens)
+            runs.append(run)
+            pending.extend(sorted(run.children.values(), key=lambda child: child.size))  # taken from the end
+        return runs
+
+    def path(self, ids: np.ndarray) -> np.ndarray:
+        """Places in the row of the tokens of a pass that was inserted."""
+        run, depth, pieces = self, 0, []
+        while depth < len(ids):
+            run = run.children[int(ids[depth])]
+            pieces.append(np.arange(run.start, run.start + len(run.tokens)))
+            depth += len(run.tokens)
+        return np.concatenate(pieces)
+
+
+def _common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    differ = a[:n] != b[:n]
+    return int(differ.argmax()) if differ.any() else n
+
+
+def _token_array(p: Pass, index: int) -> np.ndarray:
+    ids = np.asarray(p.input_ids, dtype=np.int64)
+    if ids.ndim != 1 or not len(ids):
+        raise ValueError(f"pass {index}: input_ids has shape {ids.shape}, expected at least one token in one dimension")
+    if len(p.loss_mask) != len(ids):
+        raise ValueError(f"pass {index}: loss_mask has {len(p.loss_mask)} entries for {len(ids)} tokens")
+    if ids.min() < 0:
+        raise ValueError(f"pass {index}: token id {ids.min()} is negative")
+    return ids

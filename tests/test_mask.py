@@ -1,4 +1,5 @@
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -114,8 +115,6 @@ class PeakBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in self.live:
-                    import weakref
-
                     self.live[storage.data_ptr()] = storage.nbytes()
                     weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
                     self.largest = max(self.largest, storage.nbytes())

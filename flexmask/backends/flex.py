@@ -26,31 +26,34 @@ def attention(
     """See `flexmask.tree_attention`, which checks the arguments.
 
     Raises:
-        NotImplementedError: float64, or gradients outside CUDA.
+        NotImplementedError: float64; gradients or sinks outside CUDA.
         torch._dynamo.exc.FailOnRecompileLimitHit: too many different shapes (never a silent dense run).
     """
+    cpu = query.device.type != "cuda"
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if query.dtype == torch.float64 or (needs_grad and query.device.type != "cuda"):
-        raise NotImplementedError(
-            f"backend 'flex' cannot do {query.dtype} {'with' if needs_grad else 'without'} gradients on "
-            f"{query.device.type}; backend 'blockwise' can"
-        )
-    block_mask = once_per_forward(
-        tree_block_mask, subtree_end, position_ids=position_ids, sliding_window=sliding_window
-    )
-    out, aux = _flex_attention()(
+    for what, unsupported in (
+        ("float64", query.dtype == torch.float64),
+        (f"gradients on {query.device.type}", cpu and needs_grad),
+        (f"sinks on {query.device.type}", cpu and sinks is not None),
+    ):
+        if unsupported:
+            raise NotImplementedError(f"backend 'flex' cannot do {what}; backend 'blockwise' can")
+    flex = functools.partial(
+        _flex_attention(),
         query,
         key,
         value,
         score_mod=score_mod(softcap=softcap),
-        block_mask=block_mask,
+        block_mask=once_per_forward(
+            tree_block_mask, subtree_end, position_ids=position_ids, sliding_window=sliding_window
+        ),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=AuxRequest(lse=True),
     )
     if sinks is None:
-        return out
+        return flex()
     # A sink adds exp(sink) to the denominator: o * exp(lse) / (exp(lse) + exp(sink)).
+    out, aux = flex(return_aux=AuxRequest(lse=True))
     return out * torch.sigmoid(aux.lse - sinks[None, :, None]).unsqueeze(-1).to(out.dtype)
 
 
@@ -61,6 +64,7 @@ def _flex_attention():
 
 @functools.cache
 def _compiled():
-    # dynamic: a new length must not cost a compilation. fullgraph: past dynamo's recompile limit this raises, where
-    # without it FlexAttention would silently run uncompiled and materialise the L x L scores.
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    # The first length is compiled as it is, the second makes the length symbolic, later ones cost nothing. (With
+    # dynamic=True the soft-cap would become symbolic too, which CPU kernels do not take.) fullgraph: past dynamo's
+    # recompile limit this raises; without it FlexAttention would silently run uncompiled and materialise L x L scores.
+    return torch.compile(flex_attention, fullgraph=True)

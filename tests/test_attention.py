@@ -1,0 +1,267 @@
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import conversation_passes, dense_attention, forest, random_parents
+
+import flexmask.attention
+from flexmask import TokenTree, tree_attention
+from flexmask.backends import blockwise
+
+
+def problem(seed, length, *, batch=1, heads=4, kv_heads=2, dim=8, value_dim=8, dtype=torch.float64):
+    rng = np.random.default_rng(seed)
+    rows = [forest(random_parents(rng, length)) for _ in range(batch)]
+    ends, positions, visible = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    q, k = normal(batch, heads, length, dim), normal(batch, kv_heads, length, dim)
+    return q, k, normal(batch, kv_heads, length, value_dim), normal(heads), ends, positions, visible
+
+
+def gradients(out, inputs, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    return torch.autograd.grad((out * weight).sum(), inputs)
+
+
+def close(found, expected, tolerance):
+    assert found.shape == expected.shape
+    assert (found.double() - expected.double()).abs().max() <= tolerance * expected.double().abs().max().clamp(min=1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    length=st.sampled_from([1, 2, 17, 63, 64, 65, 130]),
+    batch=st.integers(1, 2),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    value_dim=st.sampled_from([8, 5]),
+    softcap=st.sampled_from([None, 1.5]),
+    window=st.sampled_from([None, 1, 7, 1000]),
+    sinks=st.booleans(),
+    scale=st.sampled_from([None, 0.3]),
+)
+def test_blockwise_is_dense_attention(seed, length, batch, kv_heads, value_dim, softcap, window, sinks, scale):
+    q, k, v, s, ends, positions, visible = problem(seed, length, batch=batch, kv_heads=kv_heads, value_dim=value_dim)
+    options = {"scale": scale, "softcap": softcap, "sinks": s if sinks else None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "QUERY_BLOCK", 16)  # several blocks, and short last ones
+        found = tree_attention(q, k, v, ends, sliding_window=window, position_ids=positions, **options)
+        inputs = [q, k, v, s] if sinks else [q, k, v]
+        found_gradients = gradients(found, inputs)
+    expected = dense_attention(q, k, v, visible, window=window, positions=positions, **options)
+    close(found, expected, 1e-12)
+    for a, b in zip(found_gradients, gradients(expected, inputs), strict=True):
+        close(a, b, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blockwise_error_is_at_most_twice_that_of_sdpa_in_the_same_dtype(dtype):
+    """Error against float64, as a norm: the largest single error of one sample is noise of a factor two by itself."""
+    *inputs, _, ends, _, visible = problem(0, 300, dim=32, value_dim=32, dtype=dtype)
+    golden = [x.detach().double().requires_grad_() for x in inputs]
+    exact = dense_attention(*golden, visible)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=visible[:, None], enable_gqa=True)
+    found = tree_attention(*inputs, ends)
+    assert found.dtype == dtype
+    pairs = [(found, sdpa, exact)]
+    pairs += zip(gradients(found, inputs), gradients(sdpa, inputs), gradients(exact, golden), strict=True)
+    for ours, theirs, truth in pairs:
+        assert (ours.double() - truth).norm() <= 2 * (theirs.double() - truth).norm()
+
+
+def test_gradcheck():
+    q, k, v, s, ends, positions, _ = problem(1, 9, heads=2, kv_heads=1, dim=3, value_dim=2)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, s: tree_attention(
+            q, k, v, ends, softcap=2.0, sliding_window=4, position_ids=positions, sinks=s, backend="blockwise"
+        ),
+        (q, k, v, s),
+    )
+
+
+def test_operators_satisfy_pytorch():
+    q, k, v, s, ends, positions, _ = problem(1, 20, dtype=torch.float32)
+    for softcap, window, sinks in ((None, None, None), (1.5, 5, s)):
+        arguments = (q, k, v, ends, positions, sinks, 0.5, softcap, window)
+        torch.library.opcheck(blockwise._forward, arguments)
+
+
+def test_noncontiguous_inputs():
+    q, k, v, _, ends, _, visible = problem(2, 50)
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    assert not strided[0].is_contiguous()
+    found = tree_attention(*strided, ends)
+    expected = dense_attention(q, k, v, visible)
+    close(found, expected, 1e-12)
+    for a, b in zip(gradients(found, strided), gradients(expected, (q, k, v)), strict=True):
+        close(a, b, 1e-12)
+
+
+def test_padding_sees_itself_only():
+    """Rows of nothing but padding give the values back, and no NaN."""
+    q, k, v, *_ = problem(3, 40)
+    ends = torch.arange(1, 41, dtype=torch.int32)[None]
+    out = tree_attention(q, k, v, ends)
+    close(out, v.repeat_interleave(2, 1), 1e-12)
+    assert all(g.isfinite().all() for g in gradients(out, (q, k, v)))
+
+
+def peak_bytes(function) -> int:
+    """Growth of the resident set while `function` runs, from the kernel's own high-water mark."""
+    def status(name):
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+        return int(line.split()[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
+def test_memory_grows_linearly_with_the_length():
+    """Measured at two lengths: inputs, outputs, gradients and one tile's work, nothing that grows with L².
+
+    One bit per pair would already be 512 MiB at the larger length, where one tensor has 16 MiB.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("measuring peak memory needs Linux's /proc/self/clear_refs")
+
+    def forward_and_backward(length):
+        tree = TokenTree.concat(
+            [TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 6, 60, 150, 100))] * (length // 2300 + 1)
+        )
+        ends = torch.from_numpy(tree.subtree_end[:length].clip(max=length))[None]
+        q, k, v = (torch.randn(1, 2, length, 32, requires_grad=True) for _ in range(3))
+        tree_attention(q, k, v, ends).sum().backward()
+
+    forward_and_backward(4096)  # warm up
+    for length in (16384, 65536):
+        one_tensor = length * 2 * 32 * 4
+        peak = peak_bytes(lambda length=length: forward_and_backward(length))
+        assert 4 * one_tensor < peak < 12 * one_tensor + 16 * 2**20, f"{peak / 2**20:.0f} MiB at L = {length}"
+
+
+def test_only_visible_keys_are_touched():
+    """Many conversations in a row: the keys read per query block are its ancestors and itself, exactly."""
+    ends, _, visible = forest(random_parents(np.random.default_rng(0), 700, num_roots=6))
+    read = 0
+    for tile in blockwise._tiles(ends, None, None):
+        needed = np.flatnonzero(visible[tile.start : tile.stop].any(0))
+        assert set(needed) <= set(tile.keys)
+        assert set(tile.keys) - set(needed) == set(), "no key that nobody sees"
+        read += len(tile.keys)
+        unmasked = tile.keys[: tile.masked_from]
+        assert visible[tile.start : tile.stop][:, unmasked].all()
+    assert read > 0
+
+
+def detached(tensors):
+    return [x.detach() for x in tensors]  # FlexAttention looks at requires_grad even where gradients are off
+
+
+def test_flex_forward_on_cpu():
+    q, k, v, _, ends, positions, visible = detached(problem(5, 256, dim=16, value_dim=16, dtype=torch.float32))
+    with torch.no_grad():
+        for softcap, window in ((None, None), (1.5, 40)):
+            options = {"softcap": softcap, "position_ids": positions}
+            found = tree_attention(q, k, v, ends, sliding_window=window, backend="flex", **options)
+            wide = (x.double() for x in (q, k, v))
+            expected = dense_attention(*wide, visible, window=window, positions=positions, softcap=softcap)
+            close(found, expected, 1e-5)
+
+
+def test_flex_raises_past_the_recompile_limit_and_never_runs_dense(monkeypatch):
+    """The bug guarded: past dynamo's limit a compiled flex_attention silently materialised the L×L scores."""
+    from flexmask.backends import flex
+
+    torch._dynamo.reset()
+    flex._compiled.cache_clear()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    dtypes = (torch.float32, torch.bfloat16)  # a new dtype needs a compilation of its own
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        for dtype in dtypes:
+            q, k, v, _, ends, *_ = detached(problem(5, 128, dim=16, value_dim=16, dtype=dtype))
+            tree_attention(q, k, v, ends, backend="flex")
+    torch._dynamo.reset()
+    flex._compiled.cache_clear()
+
+
+def test_flex_refuses_what_it_cannot_do():
+    q, k, v, s, ends, *_ = problem(5, 128)
+    with pytest.raises(NotImplementedError, match="'flex' cannot do float64; backend 'blockwise' can"):
+        tree_attention(q, k, v, ends, backend="flex")
+    q, k, v = q.float(), k.float(), v.float()
+    with pytest.raises(NotImplementedError, match="gradients on cpu"):
+        tree_attention(q, k, v, ends, backend="flex")
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="sinks on cpu"):
+        tree_attention(q, k, v, ends, sinks=s, backend="flex")
+
+
+def test_auto_falls_back_once_with_the_reason_and_the_same_result(monkeypatch, caplog):
+    """Fault injected: the preferred backend cannot be compiled."""
+    q, k, v, _, ends, _, visible = problem(6, 64)
+    calls = []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        raise RuntimeError("no compiler")
+
+    working = flexmask.attention._backend
+    monkeypatch.setattr(flexmask.attention, "_broken", {})
+    monkeypatch.setattr(flexmask.attention, "_backend", lambda name: broken if name == "flex" else working(name))
+    preferred = lambda device: [n for n in ("flex", "blockwise") if n not in flexmask.attention._broken]  # noqa: E731
+    monkeypatch.setattr(flexmask.attention, "_preferred", preferred)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            close(tree_attention(q, k, v, ends), dense_attention(q, k, v, visible), 1e-12)
+    assert len(calls) == 1 and len(caplog.records) == 1
+    assert "no compiler" in caplog.text and "'flex' failed" in caplog.text
+
+
+def test_autocast_casts_as_pytorchs_attention_does():
+    """Models with float32 weights hand over float32 q and k with a bfloat16 v under autocast."""
+    q, k, v, _, ends, _, visible = problem(7, 64, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = tree_attention(q, k, v.to(torch.bfloat16), ends)
+    assert out.dtype == torch.bfloat16
+    close(out, dense_attention(q, k, v, visible), 2e-2)
+
+
+ends_of_8 = torch.full((1, 8), 8, dtype=torch.int32)
+x8 = torch.zeros(1, 2, 8, 4)
+
+
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        ({"query": torch.zeros(2, 8, 4)}, ValueError, r"query has shape \(2, 8, 4\)"),
+        ({"key": torch.zeros(1, 2, 8, 4, dtype=torch.float64)}, TypeError, "key is torch.float64 beside"),
+        ({"query": torch.zeros(1, 2, 8, 4, dtype=torch.int64)}, TypeError, "query is torch.int64"),
+        ({"key": torch.zeros(1, 2, 9, 4)}, ValueError, "do not fit"),
+        ({"query": torch.zeros(1, 3, 8, 4)}, ValueError, "multiple of kv_heads"),
+        ({"subtree_end": ends_of_8.long()}, TypeError, "int64, expected an int32"),
+        ({"subtree_end": ends_of_8.float()}, TypeError, "float32, expected an int32"),
+        ({"subtree_end": ends_of_8[:, :7] - 1}, ValueError, r"shape \(1, 7\), expected \(1, 8\)"),
+        ({"subtree_end": ends_of_8 + 1}, ValueError, "expected an end in 1..8"),
+        ({"subtree_end": torch.tensor([[2, 3, 3, 8, 8, 8, 8, 8]], dtype=torch.int32)}, ValueError, "never cross"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
+        ({"sliding_window": 0}, ValueError, "sliding_window is 0"),
+        ({"sliding_window": 4}, ValueError, "needs position_ids"),
+        ({"sliding_window": 4, "position_ids": torch.zeros(1, 8)}, ValueError, "position_ids is torch.float32"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks has shape \(3,\)"),
+        ({"backend": "cuda"}, ValueError, "backend is 'cuda', expected one of auto"),
+    ],
+)
+def test_bad_arguments(change, error, text):
+    arguments = {"query": x8, "key": x8, "value": x8, "subtree_end": ends_of_8} | change
+    with pytest.raises(error, match=text):
+        tree_attention(**arguments)

@@ -1,0 +1,336 @@
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from flexmask import ConversationError, Pass, TokenTree, demo, render_passes
+from flexmask.data import build_trees, load_conversations
+
+USER = {"role": "user", "content": "hello"}
+ANSWER = {"role": "assistant", "content": "hi", "reasoning_content": "greet"}
+GOOD = {"messages": [USER, ANSWER]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+def calling(**arguments) -> dict:
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    result = {"role": "tool", "content": "sunny"}
+    return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, result, ANSWER]}
+
+
+@pytest.fixture(scope="module")
+def conversations():
+    return demo.conversations(24, seed=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(conversations):
+    return demo.train_tokenizer(demo.texts(conversations))
+
+
+@pytest.fixture(autouse=True)
+def inside_folder(tmp_path, monkeypatch):
+    """Errors name a file as it was given, so tests give `data.jsonl` and read that in the text."""
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, text: str) -> str:
+    with open(name, "w", encoding="utf-8") as file:
+        file.write(text)
+    return name
+
+
+def lines(*records) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def refusal(name: str, **kwargs) -> str:
+    with pytest.raises(ConversationError) as caught:
+        load_conversations(name, **kwargs)
+    return str(caught.value)
+
+
+def same_trees(one: list[TokenTree], other: list[TokenTree]) -> bool:
+    columns = [zip(a.to_dict().values(), b.to_dict().values(), strict=True) for a, b in zip(one, other, strict=True)]
+    return all(np.array_equal(a, b) for tree in columns for a, b in tree)
+
+
+# Reading
+
+
+def test_jsonl_keeps_messages_and_other_keys_as_they_are():
+    """Arrow would give each record the keys of the other: tool arguments `city` and `days` both, one of them null."""
+    records = [{**calling(city="Rome"), "tools": TOOLS, "id": 7}, calling(days=3, unit=None)]
+    found = load_conversations(write("data.jsonl", "\n" + lines(*records) + "  \n"))
+    assert found == records
+    assert [c.origin for c in found] == ["data.jsonl:2", "data.jsonl:3"]
+
+
+def test_json_keeps_messages_and_other_keys_as_they_are():
+    records = [{**calling(city="Rome"), "tools": None}, calling(days=3, unit=None)]
+    found = load_conversations(write("data.json", "\ufeff" + json.dumps(records)))
+    assert found == records
+    assert [c.origin for c in found] == ["data.json: conversation 0", "data.json: conversation 1"]
+
+
+def test_parquet_round_trip_leaks_no_nulls():
+    """A Parquet column has one type, so every message comes back with every key and every tool argument of the file."""
+    records = [{**calling(city="Rome"), "tools": TOOLS}, calling(place={"lat": 1.5, "names": ["a", "b"]}), GOOD]
+    datasets.Dataset.from_list(records).to_parquet("data.parquet")
+    assert "null" in json.dumps(datasets.Dataset.from_parquet("data.parquet", cache_dir="cache")[0]), "the trap is set"
+    found = load_conversations("data.parquet")
+    assert found == records
+    assert found[2].origin == "data.parquet: conversation 2"
+
+
+def test_hub_rows_leak_no_nulls(monkeypatch):
+    records = [calling(city="Rome"), calling(days=3)]
+    asked = []
+    rows = datasets.Dataset.from_list(records)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or rows)
+    found = load_conversations("some-org/chats-v1.5", split="test")
+    assert found == records and asked == [("some-org/chats-v1.5", "test")]
+    assert found[1].origin == "some-org/chats-v1.5: conversation 1"
+
+
+def test_sharegpt_becomes_messages():
+    talk = [("system", "S"), ("human", "a"), ("gpt", "b"), ("observation", "c"), ("tool", "d"), ("assistant", "e")]
+    talk += [("user", "f"), ("gpt", "g")]
+    record = {"id": 1, "conversations": [{"from": sender, "value": value} for sender, value in talk]}
+    record["conversations"][2]["train"] = False
+    [found] = load_conversations(write("data.jsonl", lines(record)))
+    roles = ["system", "user", "assistant", "tool", "tool", "assistant", "user", "assistant"]
+    expected = [{"role": role, "content": value} for role, (_, value) in zip(roles, talk, strict=True)]
+    expected[2]["train"] = False
+    assert found == {"id": 1, "messages": expected}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ([1, 2], "is list, expected an object with messages"),
+        ({"text": "x"}, "has the keys ['text'], expected messages (or conversations)"),
+        ({"messages": []}, "the conversation is empty"),
+        ({"messages": "hi"}, "messages is str, expected a list of messages"),
+        ({"messages": None}, "messages is NoneType, expected a list of messages"),
+        ({"messages": [USER]}, "no assistant message to train (none at all, or all have \"train\": false)"),
+        ({"messages": [USER, {**ANSWER, "train": False}]}, "no assistant message to train (none at all, or all have"),
+        ({"messages": [USER, ANSWER, {"role": "bot", "content": ""}]}, "message 2: role is 'bot', expected one of sys"),
+        ({"messages": [USER, ANSWER, USER, {"role": "assistant", "content": 5}]},
+         "message 3 (assistant): content is int, expected a string"),
+        ({"messages": [USER, {**ANSWER, "reasoning_content": 5}]}, "message 1 (assistant): reasoning_content is int, "),
+        ({**GOOD, "tools": "[]"}, "tools is str, expected a list"),
+        ({"conversations": "hi"}, "conversations is str, expected a list of messages"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "no assistant message to train"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]},
+         "message 1: from is 'bot', expected one of human, user, gpt,"),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "message 0: from is ['gpt'], expected one of human, "),
+        ({"conversations": [USER]}, "message 0 has the keys ['content', 'role'], expected from and value"),
+        ({"conversations": ["a"]}, "message 0 is 'a', expected from and value"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 1.5}]},
+         "message 1 (gpt): value is float, expected a string"),
+    ],
+)  # fmt: skip
+def test_faulty_record_is_refused_by_file_and_line(record, message):
+    assert refusal(write("data.jsonl", lines(GOOD) + "\n" + lines(record))).startswith(f"data.jsonl:3: {message}")
+    assert refusal(write("data.json", json.dumps([GOOD, record]))).startswith(f"data.json: conversation 1: {message}")
+
+
+def test_faulty_parquet_row_is_refused_by_index():
+    datasets.Dataset.from_list([GOOD, {"messages": [USER]}]).to_parquet("data.parquet")
+    assert refusal("data.parquet").startswith("data.parquet: conversation 1: no assistant message to train")
+
+
+@pytest.mark.parametrize(
+    "text, place",
+    [
+        ('{"messages": [}', ":3:15: malformed JSON: Expecting value"),
+        ('{"messages": ', ":3:13: malformed JSON: Expecting value"),
+        ('{"a": "NaN \\" NaN", "b": [1, NaN]}', ":3:30: malformed JSON: NaN is not a JSON value"),
+        ('{"a": -Infinity}', ":3:7: malformed JSON: -Infinity is not a JSON value"),
+        ('{"a": Infinity}', ":3:7: malformed JSON: Infinity is not a JSON value"),
+    ],
+)
+def test_malformed_json_is_refused_by_line_and_column(text, place):
+    assert refusal(write("data.jsonl", lines(GOOD) + "\n" + text + "\n")) == "data.jsonl" + place
+    assert refusal(write("data.json", "[" + lines(GOOD) + ",\n" + text + "\n")) == "data.json" + place
+
+
+def test_what_is_not_text_is_refused():
+    with open("data.jsonl", "wb") as file:
+        file.write(lines(GOOD).encode() + b'{"a": "\xff"}\n')
+    assert refusal("data.jsonl") == "data.jsonl:2: is not UTF-8: invalid start byte"
+    half = {"messages": [{"role": "user", "content": "\ud83d"}, ANSWER]}
+    assert "the JSON that starts at line 2 is refused" in refusal(write("data.jsonl", lines(GOOD, half)))
+    whole = {"messages": [{"role": "user", "content": "🙂"}, ANSWER]}
+    assert r"\ud83d\ude42" in lines(whole)
+    assert load_conversations(write("data.jsonl", lines(whole))) == [whole]
+
+
+def test_json_must_be_a_list():
+    assert refusal(write("data.json", json.dumps(GOOD))) == "data.json: is dict, expected a list of conversations"
+
+
+@pytest.mark.parametrize("name, text", [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.json", "  \n"), ("a.json", "[]")])
+def test_empty_file_is_refused(name, text):
+    assert refusal(write(name, text)) == f"{name}: holds no conversations"
+
+
+def test_missing_and_unknown_files_are_refused(monkeypatch):
+    for name in ("none.json", "folder/none.jsonl", "none.PARQUET"):
+        assert refusal(name) == f"{name}: there is no such file"
+    expected = "expected a .jsonl, .json or .parquet file, or the name of a hub dataset"
+    for name in (write("data.csv", "a,b"), "none.txt", "./none", "a/b/c"):
+        assert refusal(name) == f"{name}: {expected}"
+    assert refusal(write("data.parquet", "PAR")).startswith("data.parquet: cannot be read as a Parquet file: ")
+
+    def unreachable(name, split):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    assert refusal("some-org/chats", split="test") == (
+        "some-org/chats: is no .jsonl, .json or .parquet file, and loading it as a hub dataset (split 'test') failed: "
+        "ConnectionError: no network"
+    )
+
+
+# Trees
+
+
+def rendered(conversations, tokenizer) -> list[list[Pass]]:
+    return [render_passes(c["messages"], tokenizer) for c in conversations]
+
+
+def supervised(passes) -> int:
+    return sum(int(np.sum(p.loss_mask)) for p in passes)
+
+
+def test_trees_are_those_of_the_passes(conversations, tokenizer):
+    prepared = build_trees(iter(conversations), tokenizer)
+    passes = rendered(conversations, tokenizer)
+    assert same_trees(prepared.trees, [TokenTree.from_passes(p) for p in passes])
+    assert (prepared.conversations, prepared.dropped, prepared.truncated) == (24, 0, 0)
+    assert (prepared.passes, prepared.passes_lost) == (sum(map(len, passes)), 0)
+    assert (prepared.targets, prepared.targets_lost) == (sum(map(supervised, passes)), 0)
+    assert prepared.tokens == sum(len(tree) for tree in prepared.trees)
+    assert prepared.pass_tokens == sum(len(p.input_ids) for of_one in passes for p in of_one)
+    assert str(prepared) == prepared.summary()
+    assert f"{prepared.tokens:,} tokens" in str(prepared) and "nothing dropped, nothing truncated" in str(prepared)
+
+
+def test_template_options_and_tools_reach_the_template(conversations, tokenizer):
+    template = "{{ tools | length if tools else 0 }}{{ extra }}" + tokenizer.chat_template
+    given = [{**conversations[0], "tools": TOOLS}, {**conversations[0], "tools": []}]
+    trees = build_trees(given, tokenizer, chat_template=template, extra="~").trees
+    assert [tokenizer.decode(tree.input_ids[:2]) for tree in trees] == ["1~", "0~"]
+
+
+def test_dataset_of_conversations_leaks_no_nulls(tokenizer):
+    """A Dataset hands out `days: None` for a call that only has `city`; a template would print it."""
+    template = "{% for m in messages %}{{ m.role }}{{ m.reasoning_content }}{{ m.content }}"
+    template += "{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant{% endif %}"
+    given = [calling(city="Rome"), calling(days=3)]
+    trees = build_trees(datasets.Dataset.from_list(given), tokenizer, chat_template=template).trees
+    assert same_trees(trees, build_trees(given, tokenizer, chat_template=template).trees)
+
+
+def test_several_processes_build_the_same_trees(conversations, tokenizer):
+    options = {"max_length": 300, "overlong": "truncate"}
+    one, two = (build_trees(conversations, tokenizer, num_proc=n, **options) for n in (1, 2))
+    assert same_trees(one.trees, two.trees)
+    assert str(one) == str(two) and one.targets_lost
+
+
+def test_overlong_is_an_error_by_default(conversations, tokenizer):
+    lengths = [max(len(p.input_ids) for p in passes) for passes in rendered(conversations, tokenizer)]
+    limit = max(lengths[:5])
+    first = next(i for i, length in enumerate(lengths) if length > limit)
+    with pytest.raises(ConversationError) as caught:
+        build_trees(conversations, tokenizer, max_length=limit)
+    assert str(caught.value).startswith(
+        f"conversation {first}: its longest pass has {lengths[first]} tokens, more than {limit} (max_length); raise"
+    )
+    assert len(build_trees(conversations[:5], tokenizer, max_length=limit).trees) == 5, "the limit itself is allowed"
+
+
+def test_dropped_conversations_are_counted(conversations, tokenizer):
+    passes = rendered(conversations, tokenizer)
+    lengths = [max(len(p.input_ids) for p in of_one) for of_one in passes]
+    limit = int(np.median(lengths))
+    kept = [of_one for of_one, length in zip(passes, lengths) if length <= limit]
+    left_out = [of_one for of_one, length in zip(passes, lengths) if length > limit]
+    assert kept and left_out
+
+    prepared = build_trees(conversations, tokenizer, max_length=limit, overlong="drop")
+    assert same_trees(prepared.trees, [TokenTree.from_passes(p) for p in kept])
+    assert (prepared.conversations, prepared.dropped, prepared.truncated) == (24, len(left_out), 0)
+    assert (prepared.passes, prepared.passes_lost) == (sum(map(len, passes)), sum(map(len, left_out)))
+    assert (prepared.targets, prepared.targets_lost) == (sum(map(supervised, passes)), sum(map(supervised, left_out)))
+    lost = f"{len(left_out)} conversations dropped, 0 truncated; {prepared.passes_lost:,} passes and "
+    assert lost + f"{prepared.targets_lost:,} targets" in str(prepared)
+
+
+def test_truncated_trees_are_those_of_passes_cut_by_hand(tokenizer):
+    """Long questions, so that a limit takes part of some passes, all of others, and all passes of one conversation."""
+    words = "apples and pears " * 20
+    talk = [{"role": "user", "content": words}, ANSWER]
+    conversations = [{"messages": talk * turns} for turns in (1, 2, 3, 4)]
+    conversations.append({"messages": [{"role": "user", "content": words * 4}, ANSWER]})
+    passes = rendered(conversations, tokenizer)
+    limit = len(passes[2][2].input_ids) - 3  # three tokens off the third answer
+
+    cut = [[Pass(p.input_ids[:limit], p.loss_mask[:limit]) for p in of_one] for of_one in passes]
+    cut = [[p for p in of_one if sum(p.loss_mask) > 0] for of_one in cut]
+    assert [len(of_one) for of_one in cut] == [1, 2, 3, 3, 0]
+    prepared = build_trees(conversations, tokenizer, max_length=limit, overlong="truncate")
+    assert same_trees(prepared.trees, [TokenTree.from_passes(of_one) for of_one in cut[:4]])
+    assert (prepared.conversations, prepared.dropped, prepared.truncated) == (5, 1, 2)
+    assert (prepared.passes, prepared.passes_lost) == (11, 2)
+    assert prepared.targets == sum(map(supervised, passes))
+    assert prepared.targets_lost == prepared.targets - sum(map(supervised, cut)) == 3 + 3 + 2 * supervised(passes[0])
+    assert "1 conversations dropped, 2 truncated; 2 passes and " in str(prepared)
+
+
+def test_nothing_left_is_reported(conversations, tokenizer):
+    prepared = build_trees(conversations, tokenizer, max_length=3, overlong="truncate")
+    assert prepared.trees == [] and prepared.dropped == 24
+    assert "24 conversations dropped" in str(prepared) and "(100.00%) are not trained" in str(prepared)
+
+
+def test_errors_name_the_origin(tokenizer):
+    """Also after the user has shuffled or filtered what was loaded, and from another process."""
+    unrenderable = {"messages": [USER, ANSWER, {"role": "user", "content": "fail"}, ANSWER]}
+    template = "{% for m in messages if m.content == 'fail' %}{{ raise_exception('no') }}{% endfor %}"
+    template += demo.CHAT_TEMPLATE
+    expected = "message 3: the chat template failed while .*: no"
+    loaded = load_conversations(write("data.jsonl", lines(GOOD, GOOD, unrenderable)))[1:]
+    for given, origin in ((loaded, "data.jsonl:3"), ([GOOD, unrenderable], "conversation 1")):
+        for num_proc in (None, 2):
+            with pytest.raises(ConversationError, match=f"^{origin}: {expected}"):
+                build_trees(given, tokenizer, chat_template=template, num_proc=num_proc)
+    with pytest.raises(ConversationError, match=r"^conversation 1: no assistant message to train"):
+        build_trees([GOOD, {"messages": [USER]}], tokenizer)
+    with pytest.raises(ConversationError, match=r"^conversation 0: TextEncodeInput"):
+        build_trees([{"messages": [{"role": "user", "content": "\ud800"}, ANSWER]}], tokenizer)
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(tokenizer):
+    class Short(type(tokenizer)):
+        def __len__(self):
+            return 5
+
+    short = Short(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    with pytest.raises(ConversationError, match=r"^conversation 0: token id \d+ is outside the .* vocabulary of 5$"):
+        build_trees([GOOD], short, chat_template=demo.CHAT_TEMPLATE)
+
+
+def test_unknown_options_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="overlong is 'cut', expected one of error, drop, truncate"):
+        build_trees([GOOD], tokenizer, overlong="cut")
+    with pytest.raises(ValueError, match="max_length is 0, expected at least 1"):
+        build_trees([GOOD], tokenizer, max_length=0)

@@ -117,6 +117,7 @@ def test_padding_sees_itself_only():
 
 def peak_bytes(function) -> int:
     """Growth of the resident set while `function` runs, from the kernel's own high-water mark."""
+
     def status(name):
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
         return int(line.split()[1]) * 1024
@@ -137,7 +138,8 @@ def test_memory_grows_linearly_with_the_length():
 
     def forward_and_backward(length):
         tree = TokenTree.concat(
-            [TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 6, 60, 150, 100))] * (length // 2300 + 1)
+            [TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 6, 60, 150, 100))]
+            * (length // 2300 + 1)
         )
         ends = torch.from_numpy(tree.subtree_end[:length].clip(max=length))[None]
         q, k, v = (torch.randn(1, 2, length, 32, requires_grad=True) for _ in range(3))

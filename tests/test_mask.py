@@ -88,7 +88,9 @@ def test_mask_mod_is_the_definition(seed, length, window):
 
 def test_score_mod_without_anything_to_do_is_none():
     assert score_mod() is None
-    assert torch.allclose(score_mod(softcap=3.0)(torch.tensor(10.0), 0, 0, 0, 0), torch.tensor(3.0).mul(np.tanh(10 / 3)))
+    assert torch.allclose(
+        score_mod(softcap=3.0)(torch.tensor(10.0), 0, 0, 0, 0), torch.tensor(3.0).mul(np.tanh(10 / 3))
+    )
 
 
 def test_block_mask_agrees_with_create_block_mask():

@@ -46,7 +46,9 @@ def test_tree_is_the_prefix_tree_of_its_passes(seed, num_passes):
 
     values = np.array(sorted(expected))
     for p, of_pass in zip(passes, tree.per_pass(values), strict=True):
-        assert [found[k] for k in of_pass] == [tuple(map(int, p.input_ids[: n + 1])) for n in np.flatnonzero(p.loss_mask)]
+        assert [found[k] for k in of_pass] == [
+            tuple(map(int, p.input_ids[: n + 1])) for n in np.flatnonzero(p.loss_mask)
+        ]
 
 
 @settings(deadline=None, max_examples=50)

@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import conversation_passes
+
+from flexmask import OnePassCollator, Pass, TokenTree, pack, pack_stream
+
+
+def chain(length, first=1):
+    return TokenTree.from_passes([Pass(np.full(length, first), np.arange(length) > 0)])
+
+
+def contents(rows):
+    """The trees of all rows, as multisets of their tokens in order."""
+    trees = []
+    for row in rows:
+        start = 0
+        while start < len(row):
+            end = int(row.subtree_end[start])
+            trees.append(tuple(row.input_ids[start:end]))
+            start = end
+    return sorted(trees)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(2, 50), min_size=1, max_size=40), st.integers(50, 120))
+def test_packing_loses_nothing_and_respects_the_budget(lengths, max_tokens):
+    trees = [chain(n, first=i) for i, n in enumerate(lengths)]
+    for rows in (pack(trees, max_tokens), list(pack_stream(iter(trees), max_tokens, buffer_size=7))):
+        assert all(len(row) <= max_tokens for row in rows)
+        assert contents(rows) == contents(trees)
+        assert sum(row.num_targets for row in rows) == sum(tree.num_targets for tree in trees)
+    rows = pack(trees, max_tokens)
+    assert sum(len(row) <= max_tokens / 2 for row in rows) <= 1, "two half-empty rows would have been one"
+
+
+def test_best_fit_fills_exactly_where_it_can():
+    trees = [chain(n) for n in (60, 40, 70, 30, 50, 50)]
+    rows = pack(trees, 100)
+    assert [len(row) for row in rows] == [100, 100, 100]
+
+
+def test_padding_is_small_on_many_conversations():
+    rng = np.random.default_rng(0)
+    trees = [TokenTree.from_passes(conversation_passes(rng, rng.integers(1, 8), 20, 30, 10)) for _ in range(400)]
+    fewest = -(-sum(map(len, trees)) // 2048)
+    assert len(pack(trees, 2048)) <= fewest + 1
+    assert len(list(pack_stream(iter(trees), 2048, buffer_size=64))) <= fewest + 2
+
+
+def test_a_tree_larger_than_a_row_is_an_error():
+    with pytest.raises(ValueError, match="tree 1 has 30 tokens, more than the 20"):
+        pack([chain(10), chain(30)], 20)
+
+
+class StubTokenizer:
+    pad_token_id = 7
+
+    def __len__(self):
+        return 1000
+
+
+def test_batch_of_one_row():
+    tree = TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 3, 20, 30, 10))
+    batch = OnePassCollator(StubTokenizer(), pad_to_multiple_of=64)([tree, tree])
+    length = 2 * len(tree)
+    padded = batch["input_ids"].shape[1]
+    assert padded % 64 == 0 and padded - length < 64
+    assert set(batch) == {"input_ids", "position_ids", "subtree_end", "logits_to_keep", "labels", "shift_labels"}
+    assert batch["subtree_end"].dtype == torch.int32 and batch["subtree_end"].shape == (1, padded)
+    assert (batch["input_ids"][0, length:] == 7).all()
+    assert batch["subtree_end"][0, length:].tolist() == list(range(length + 1, padded + 1))
+    assert batch["logits_to_keep"].shape == (2 * tree.num_targets,)
+    assert batch["labels"].shape == batch["shift_labels"].shape == (1, 2 * tree.num_targets)
+    assert batch["logits_to_keep"].max() < length
+    for name, tensor in batch.items():
+        assert tensor.is_contiguous() and tensor.dtype in (torch.int64, torch.int32), name
+
+
+def test_trees_columns_and_packed_rows_give_the_same_batch():
+    rng = np.random.default_rng(0)
+    trees = [TokenTree.from_passes(conversation_passes(rng, n, 20, 30, 10)) for n in (3, 1, 2)]
+    collator = OnePassCollator(StubTokenizer())
+    [row] = pack(trees, 4096)
+    columns = [{name: column.tolist() for name, column in tree.to_dict().items()} for tree in trees]
+    batches = [collator(trees), collator(columns), collator([row])]
+    for name in batches[0]:
+        assert torch.equal(batches[0][name], batches[1][name])
+        assert torch.equal(batches[0][name], batches[2][name])
+
+
+@pytest.mark.parametrize(
+    "examples, options, text",
+    [
+        ([chain(40), chain(40)], {"max_tokens": 64}, "2 examples have 80 tokens together, a row has 64"),
+        ([chain(40)], {"max_length": 30}, "example 0 of the batch: the longest pass has 40 tokens.*max_length"),
+        ([chain(4), chain(4, first=1000)], {}, "example 1 of the batch: token id 1000 is outside"),
+        ([{"text": "hello"}], {}, r"example 0 of the batch: has the keys \['text'\], expected messages"),
+        ([TokenTree.from_passes([Pass([1, 2], [False, False])])], {}, "no targets"),
+        ([TokenTree.from_passes([Pass([1, 2], [False, True], 0.5)])], {}, "target weights are 0.5 to 0.5, expected 1"),
+        ([{"subtree_end": [1]}], {}, "example 0 of the batch: a pre-tokenised tree lacks the columns"),
+    ],
+)
+def test_bad_batches(examples, options, text):
+    with pytest.raises(ValueError, match=text):
+        OnePassCollator(StubTokenizer(), **options)(examples)

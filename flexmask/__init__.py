@@ -7,6 +7,7 @@ from .mask import tree_block_mask
 from .packing import pack, pack_stream
 from .passes import ConversationError, Pass, render_passes
 from .tree import TokenTree
+from .verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "render_passes",
     "tree_attention",
     "tree_block_mask",
+    "verify",
 ]
 
 _register()

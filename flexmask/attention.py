@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import logging
 
 import torch
 from torch import Tensor
 
+from .backends import blockwise, flex
 from .mask import check_subtree_end, once_per_forward
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("flex", "blockwise")
+BACKENDS = {"flex": flex.attention, "blockwise": blockwise.attention}
 
 
 def tree_attention(
@@ -62,10 +61,10 @@ def tree_attention(
         "sinks": sinks,
     }
     if backend != "auto":
-        return _backend(backend)(query, key, value, subtree_end, **arguments)
+        return BACKENDS[backend](query, key, value, subtree_end, **arguments)
     for name in _preferred(query.device.type):
         try:
-            return _backend(name)(query, key, value, subtree_end, **arguments)
+            return BACKENDS[name](query, key, value, subtree_end, **arguments)
         except Exception as error:
             if name == "blockwise" or torch.compiler.is_compiling():
                 raise
@@ -74,18 +73,14 @@ def tree_attention(
     raise AssertionError("unreachable: blockwise returns or raises")
 
 
+_ON_CUDA = ("flex", "blockwise")
+_ELSEWHERE = ("blockwise",)
 _broken: dict[str, str] = {}  # backends that failed under "auto", and why
 
 
 def _preferred(device: str) -> list[str]:
     """Backends to try, best first."""
-    names = ["flex", "blockwise"] if device == "cuda" else ["blockwise"]
-    return [name for name in names if name not in _broken]
-
-
-@functools.cache
-def _backend(name: str):
-    return importlib.import_module(f".backends.{name}", __package__).attention
+    return [name for name in (_ON_CUDA if device == "cuda" else _ELSEWHERE) if name not in _broken]
 
 
 def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

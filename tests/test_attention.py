@@ -217,11 +217,9 @@ def test_auto_falls_back_once_with_the_reason_and_the_same_result(monkeypatch, c
         calls.append(1)
         raise RuntimeError("no compiler")
 
-    working = flexmask.attention._backend
     monkeypatch.setattr(flexmask.attention, "_broken", {})
-    monkeypatch.setattr(flexmask.attention, "_backend", lambda name: broken if name == "flex" else working(name))
-    preferred = lambda device: [n for n in ("flex", "blockwise") if n not in flexmask.attention._broken]  # noqa: E731
-    monkeypatch.setattr(flexmask.attention, "_preferred", preferred)
+    monkeypatch.setitem(flexmask.attention.BACKENDS, "flex", broken)
+    monkeypatch.setattr(flexmask.attention, "_ELSEWHERE", flexmask.attention._ON_CUDA)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             close(tree_attention(q, k, v, ends), dense_attention(q, k, v, visible), 1e-12)

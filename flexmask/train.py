@@ -1,0 +1,299 @@
+"""`flexmask train`: one-pass fine-tuning on the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from matplotlib.figure import Figure
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from . import demo
+from .collator import OnePassCollator
+from .data import build_trees, load_conversations
+from .inspect import draw_mask
+from .integrations.transformers import NAME, check_config
+from .packing import pack
+from .passes import ConversationError
+from .tree import TokenTree
+from .verify import verify
+
+# Names that need no download: a small random model, and generated conversations.
+TINY_MODEL = "flexmask/tiny-random"
+GENERATED_DATA = "flexmask/generated"
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": f"A hub name, a folder, or {TINY_MODEL} (nothing to download)."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: auto, float32, bfloat16, float16."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Default: all linear layers."})
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str = field(metadata={"help": f".json, .jsonl or .parquet file, hub name, or {GENERATED_DATA}."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Conversations for evaluation, likewise."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split of a hub dataset for evaluation."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes for rendering and tokenising."})
+    max_samples: int | None = field(default=None, metadata={"help": "Use the first conversations only."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of one pass, at most. Default: what the model takes."}
+    )
+    max_tokens: int = field(default=16384, metadata={"help": "Tokens of one packed row, which is one batch."})
+    overlong: str = field(
+        default="error", metadata={"help": "Passes over max_length: error, drop the conversation, or truncate them."}
+    )
+    verify: bool = field(default=True, metadata={"help": "Compare one conversation with N passes before training."})
+    compare: int = field(default=0, metadata={"help": "Compare this many conversations with N passes afterwards."})
+
+
+@dataclass
+class TemplateArguments:
+    chat_template_path: str | None = field(default=None, metadata={"help": "A Jinja file to use as chat template."})
+    chat_template_kwargs: str | None = field(default=None, metadata={"help": "JSON: arguments for the chat template."})
+    reasoning_format: str | None = field(
+        default=None, metadata={"help": r"How the model writes reasoning, e.g. '<think>\n{reasoning}\n</think>\n\n'."}
+    )
+    end_of_turn: str | None = field(default=None, metadata={"help": "Token that ends an answer, if not detected."})
+
+    def options(self) -> dict:
+        """The same as keywords of `render_passes`."""
+        template = Path(self.chat_template_path).read_text() if self.chat_template_path else None
+        kwargs = json.loads(self.chat_template_kwargs or "{}")
+        # A shell hands over backslash and n.
+        reasoning_format = self.reasoning_format and self.reasoning_format.replace("\\n", "\n")
+        return {
+            "chat_template": template,
+            "reasoning_format": reasoning_format,
+            "end_of_turn": self.end_of_turn,
+            **kwargs,
+        }
+
+
+@dataclass
+class OnePassTrainingArguments(TrainingArguments):
+    """The Trainer's own arguments, with the defaults that one-pass training needs."""
+
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Rows in a batch; one-pass training takes 1."}
+    )
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Rows in a batch; one-pass training takes 1."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are not columns."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss, do not gather logits."})
+    logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "False: a loss that is not finite is shown."})
+    report_to: str = field(default="none", metadata={"help": "Loggers of the Trainer, e.g. tensorboard or wandb."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.per_device_train_batch_size != 1 or self.per_device_eval_batch_size != 1:
+            raise ValueError(
+                "per_device_train_batch_size and per_device_eval_batch_size must be 1: a batch is one packed row of "
+                "max_tokens tokens; set max_tokens, or gradient_accumulation_steps for a larger batch"
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false: it would drop the tree from the batch")
+
+
+class StopOnNonFiniteLoss(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "eval_loss", "grad_norm"):
+            value = float((logs or {}).get(name, 0.0))
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {state.global_step}; lower the learning rate, clip the gradients "
+                    "(max_grad_norm), or train in float32 or bfloat16"
+                )
+
+
+def parse_arguments(
+    argv: Sequence[str],
+) -> tuple[ModelArguments, DataArguments, TemplateArguments, OnePassTrainingArguments]:
+    """Flags, over the entries of a YAML file given with --config."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TemplateArguments, OnePassTrainingArguments),
+        prog="flexmask train",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="A YAML file with these arguments; flags override it.")
+    flags = list(argv)
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config")
+    config = config_only.parse_known_args(flags)[0].config
+    if config:
+        entries = yaml.safe_load(Path(config).read_text()) or {}
+        if not isinstance(entries, dict):
+            raise ConversationError(f"{config}: expected `name: value` lines, got {type(entries).__name__}")
+        flags = [*_as_flags(entries), *flags]
+    return parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)[:4]
+
+
+def _as_flags(entries: dict) -> list[str]:
+    flags = []
+    for name, value in entries.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    template_args: TemplateArguments,
+    args: OnePassTrainingArguments,
+) -> Trainer:
+    """Load, verify, train, save. Returns the Trainer, whose `state.log_history` holds the losses.
+
+    Raises:
+        ConversationError: the data cannot be used as it is.
+        NotImplementedError: the architecture is not supported.
+        MismatchError: one-pass losses are not those of N passes on the first conversation.
+    """
+    set_seed(args.seed)
+    conversations = _load(data_args.dataset_name, data_args.dataset_train_split, args.seed)[: data_args.max_samples]
+    model, tokenizer = load_model(model_args, conversations)
+    options = template_args.options()
+    if options["chat_template"]:
+        tokenizer.chat_template = options["chat_template"]  # saved with the model
+    trees, rows = _rows(conversations, model, tokenizer, data_args, options)
+    eval_conversations, eval_rows = None, None
+    if data_args.eval_dataset_name:
+        eval_conversations = _load(data_args.eval_dataset_name, data_args.dataset_test_split, args.seed + 1)
+        _, eval_rows = _rows(eval_conversations, model, tokenizer, data_args, options)
+
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=OnePassCollator(tokenizer, data_args.max_tokens),
+        processing_class=tokenizer,
+        callbacks=[StopOnNonFiniteLoss()],
+    )
+    if data_args.verify:
+        first = next((c for c in conversations if _answers(c) > 1), conversations[0])
+        report = verify(model, tokenizer, [first], **options)
+        print(report, flush=True)
+        if not report:
+            raise MismatchError(
+                "the one-pass losses of this model are not those of N passes (table above), so training would "
+                "be wrong; nothing was trained. --verify false trains all the same"
+            )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "last") else resume)
+    trainer.save_model()
+    trainer.save_state()
+
+    folder = Path(args.output_dir)
+    if trainer.is_world_process_zero():
+        draw_mask(max(trees[:100], key=lambda tree: tree.num_passes), folder / "mask.png")
+        draw_losses(trainer.state.log_history, folder / "loss.png")
+        if data_args.compare:
+            print(verify(model, tokenizer, (eval_conversations or conversations)[: data_args.compare], **options))
+        print(f"model: {folder}\nmask picture: {folder / 'mask.png'}\nloss curve: {folder / 'loss.png'}")
+    return trainer
+
+
+class MismatchError(RuntimeError):
+    """One-pass losses are not those of N passes."""
+
+
+def load_model(args: ModelArguments, conversations: Sequence[dict]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM with tree attention and its tokenizer; with LoRA adapters around it if asked for."""
+    if args.model_name_or_path == TINY_MODEL:
+        tokenizer = demo.train_tokenizer(demo.texts(conversations))
+        model = demo.tiny_model(tokenizer)
+    else:
+        options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path, dtype=args.dtype, attn_implementation=NAME, **options
+        )
+    check_config(model.config)
+    if args.use_peft:
+        from peft import LoraConfig, get_peft_model  # optional dependency
+
+        lora = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules or "all-linear",
+            task_type="CAUSAL_LM",
+        )
+        model.enable_input_require_grads()  # gradient checkpointing needs an input that has one
+        model = get_peft_model(model, lora)
+    return model, tokenizer
+
+
+def _load(name: str, split: str, seed: int) -> list[dict]:
+    if name == GENERATED_DATA:
+        return demo.conversations(512 if split == "train" else 64, seed=seed)
+    return load_conversations(name, split)
+
+
+def _rows(conversations, model, tokenizer, args: DataArguments, options) -> tuple[list[TokenTree], list[TokenTree]]:
+    longest = args.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    prepared = build_trees(
+        conversations,
+        tokenizer,
+        max_length=longest,
+        overlong=args.overlong,
+        num_proc=args.dataset_num_proc,
+        **options,
+    )
+    print(prepared.summary(), flush=True)
+    largest = max(int(tree.input_ids.max()) for tree in prepared.trees)
+    embedded = model.get_input_embeddings().num_embeddings
+    if largest >= embedded:
+        raise ConversationError(
+            f"token id {largest} has no embedding, the model has {embedded}; is this its tokenizer? "
+            "(resize_token_embeddings for added tokens)"
+        )
+    try:
+        rows = pack(prepared.trees, args.max_tokens)
+    except ValueError as error:
+        raise ConversationError(f"{error} (max_tokens caps a row, max_length one pass)") from error
+    print(f"{len(rows)} rows of at most {args.max_tokens} tokens", flush=True)
+    return prepared.trees, rows
+
+
+def _answers(conversation: dict) -> int:
+    return sum(m.get("role") == "assistant" for m in conversation["messages"])
+
+
+def draw_losses(log_history: list[dict], path: str | Path) -> None:
+    """A PNG of the training loss, and of the evaluation loss if there is one, over steps."""
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for name, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+        if points:
+            axes.plot(*zip(*points), label=label, marker=".")
+    axes.set(xlabel="step", ylabel="loss per target token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

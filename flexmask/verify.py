@@ -1,0 +1,238 @@
+"""One pass against N passes, on the user's own model and conversations.
+
+The N passes are run the plain way: each its own sequence, the library's own attention, a left-to-right shift. Nothing
+of that shares code with the tree, its mask, its positions or its targets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from .collator import OnePassCollator
+from .integrations.transformers import NAME, check_config
+from .passes import Pass, render_passes
+from .tree import TokenTree
+
+# (per-token loss, gradient), relative to the largest. float64 still rounds to float32 inside the library's norms.
+# In 16 bits two right ways of computing attention differ this much (measured, see benchmarks/LOG.md).
+TOLERANCE = {
+    torch.float64: (1e-10, 1e-7),
+    torch.float32: (1e-5, 1e-4),
+    torch.bfloat16: (5e-2, 5e-2),
+    torch.float16: (1e-2, 1e-2),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One conversation, both ways. Differences are relative to the largest value among the N passes'."""
+
+    passes: int
+    targets: int
+    tokens_n_pass: int
+    tokens_one_pass: int
+    seconds_n_pass: float
+    seconds_one_pass: float
+    loss_n_pass: float  # mean over targets
+    loss_one_pass: float  # mean over targets, as the model itself returns it
+    loss_difference: float  # largest per-token difference
+    gradient_difference: float | None  # largest over all trainable parameters; None if not asked for
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found. True if every difference is within the tolerance."""
+
+    comparisons: list[Comparison]
+    dtype: torch.dtype
+    reference: str
+
+    @property
+    def loss_difference(self) -> float:
+        return _largest(c.loss_difference for c in self.comparisons)
+
+    @property
+    def gradient_difference(self) -> float | None:
+        if any(c.gradient_difference is None for c in self.comparisons):
+            return None
+        return _largest(c.gradient_difference for c in self.comparisons)
+
+    def __bool__(self) -> bool:
+        loss_tolerance, gradient_tolerance = TOLERANCE[self.dtype]
+        # `<=` is False for NaN, so a comparison that is not a number fails.
+        means_agree = all(
+            abs(c.loss_one_pass - c.loss_n_pass) <= max(loss_tolerance, 1e-6) * abs(c.loss_n_pass)
+            for c in self.comparisons
+        )
+        gradients_agree = self.gradient_difference is None or self.gradient_difference <= gradient_tolerance
+        return means_agree and self.loss_difference <= loss_tolerance and gradients_agree
+
+    def __str__(self) -> str:
+        lines = [
+            "conversation  passes  targets  tokens N-pass  one-pass  ratio   loss N-pass  one-pass"
+            "   max loss diff  max grad diff  time N-pass / one-pass"
+        ]
+        for i, c in enumerate(self.comparisons):
+            gradient = "-" if c.gradient_difference is None else f"{c.gradient_difference:.1e}"
+            lines.append(
+                f"{i:>12}  {c.passes:>6}  {c.targets:>7}  {c.tokens_n_pass:>13}  {c.tokens_one_pass:>8}"
+                f"  {c.tokens_n_pass / c.tokens_one_pass:>4.2f}x  {c.loss_n_pass:>12.6f}  {c.loss_one_pass:>8.6f}"
+                f"  {c.loss_difference:>14.1e}  {gradient:>13}  {c.seconds_n_pass:.2f} s / {c.seconds_one_pass:.2f} s"
+            )
+        loss_tolerance, gradient_tolerance = TOLERANCE[self.dtype]
+        verdict = "the same losses" if self else "DIFFERENT LOSSES"
+        lines.append(
+            f"{verdict}: one-pass against N-pass ({self.reference}, {str(self.dtype).removeprefix('torch.')}), "
+            f"differences relative to the largest, tolerance {loss_tolerance:.0e} for losses, {gradient_tolerance:.0e} "
+            "for gradients"
+        )
+        return "\n".join(lines)
+
+
+def verify(
+    model: PreTrainedModel,
+    tokenizer,
+    conversations: Sequence,
+    *,
+    gradients: bool = True,
+    **template_options,
+) -> Report:
+    """Compare one-pass with N-pass losses and gradients.
+
+    Args:
+        model: a causal LM, on any device, loaded with any attention; also a PEFT model around one. It is run in eval
+            mode (dropout would differ) and left as it was.
+        tokenizer: its tokenizer.
+        conversations: dicts with `messages` (and `tools`), or lists of messages.
+        gradients: compare the gradients of all trainable parameters too; this needs memory for three sets of them.
+        **template_options: for `render_passes`.
+
+    Raises:
+        NotImplementedError: the architecture is not supported; the text names the reason.
+        ConversationError: a conversation cannot be rendered.
+        ValueError: no conversations.
+    """
+    if not conversations:
+        raise ValueError("verify: got no conversations, expected at least one")
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:
+        raise TypeError(f"verify: got a {type(model).__name__}, expected a Hugging Face model")
+    check_config(inner.config)
+    collator = OnePassCollator(tokenizer)
+    reference = "sdpa" if inner._supports_sdpa and not _has_softcap(inner.config) else "eager"
+    comparisons = []
+    with _as_found(model, inner):
+        for conversation in conversations:
+            messages, options = conversation, dict(template_options)
+            if isinstance(conversation, Mapping):
+                messages = conversation["messages"]
+                options |= {"tools": conversation["tools"]} if conversation.get("tools") else {}
+            passes = render_passes(messages, tokenizer, **options)
+            tree = TokenTree.from_passes(passes)
+
+            inner.set_attn_implementation(NAME)
+            start = time.perf_counter()
+            one_pass, mean = _one_pass_losses(model, collator.batch(tree), gradients)
+            one_gradients = _take_gradients(model) if gradients else {}
+            middle = time.perf_counter()
+            inner.set_attn_implementation(reference)
+            n_pass = [_plain_losses(model, p, gradients) for p in passes]
+            n_gradients = _take_gradients(model) if gradients else {}
+            end = time.perf_counter()
+
+            expected = torch.cat(n_pass)
+            comparisons.append(
+                Comparison(
+                    passes=len(passes),
+                    targets=tree.num_targets,
+                    tokens_n_pass=int(tree.pass_lengths.sum()),
+                    tokens_one_pass=len(tree),
+                    seconds_n_pass=end - middle,
+                    seconds_one_pass=middle - start,
+                    loss_n_pass=expected.mean().item(),
+                    loss_one_pass=mean,
+                    loss_difference=_relative([(torch.cat(tree.per_pass(one_pass)), expected)]),
+                    gradient_difference=_relative([(one_gradients[name], n_gradients[name]) for name in n_gradients])
+                    if gradients
+                    else None,
+                )
+            )
+    return Report(comparisons, next(inner.parameters()).dtype, reference)
+
+
+def _one_pass_losses(model, batch: dict[str, Tensor], backward: bool) -> tuple[Tensor, float]:
+    """Losses of the targets, (M,), and the mean that the model itself returns."""
+    batch = {name: tensor.to(_device(model)) for name, tensor in batch.items()}
+    with torch.set_grad_enabled(backward):
+        output = model(**batch, use_cache=False)
+        losses = cross_entropy(_wide(output.logits[0]), batch["shift_labels"][0], reduction="none")
+        if backward:
+            losses.sum().backward()
+    return losses.detach(), output.loss.item()
+
+
+def _plain_losses(model, p: Pass, backward: bool) -> Tensor:
+    """Losses of the supervised tokens of one pass, run as a sequence of its own."""
+    ids = torch.from_numpy(np.asarray(p.input_ids))[None].to(_device(model))
+    supervised = torch.from_numpy(np.flatnonzero(p.loss_mask)).to(ids.device)
+    with torch.set_grad_enabled(backward):
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        losses = cross_entropy(_wide(logits), ids[0, 1:], reduction="none")[supervised - 1]
+        if backward:
+            losses.sum().backward()
+    return losses.detach()
+
+
+@contextmanager
+def _as_found(model, inner):
+    """Eval mode and no gradients inside; mode, gradients and attention as they were afterwards."""
+    attention, training = inner.config._attn_implementation, model.training
+    kept = {name: p.grad for name, p in model.named_parameters()}
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(attention)
+        model.train(training)
+        for name, p in model.named_parameters():
+            p.grad = kept[name]
+
+
+def _take_gradients(model) -> dict[str, Tensor]:
+    taken = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return taken
+
+
+def _relative(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Largest difference over all pairs (found, expected), relative to the largest expected value of all."""
+    pairs = list(pairs)
+    difference = _largest((found - expected).abs().max().item() for found, expected in pairs)
+    return difference / _largest(expected.abs().max().item() for _, expected in pairs)
+
+
+def _largest(values: Iterable[float]) -> float:
+    """max() that does not lose a NaN."""
+    return float(np.max(list(values)))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _device(model) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _has_softcap(config) -> bool:
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None

@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+from models import tiny
+from templates import CHAT, TOOL_LOOP, TOOLS, tokenizer
+
+import flexmask
+from flexmask.integrations import transformers as integration
+
+CONVERSATIONS = [{"messages": CHAT}, {"messages": TOOL_LOOP, "tools": TOOLS}]
+
+
+def verify(model, conversations=CONVERSATIONS, **options):
+    return flexmask.verify(model, tokenizer("qwen3"), conversations, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_right_model_passes(dtype):
+    report = verify(tiny("Qwen3", dtype))
+    assert report, str(report)
+    assert report.dtype == dtype and len(report.comparisons) == 2
+    first = report.comparisons[0]
+    assert first.passes == 3 and first.tokens_one_pass < first.tokens_n_pass
+    assert "the same losses" in str(report) and f"{first.tokens_n_pass}" in str(report)
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "GptOss", "Mistral"])
+def test_families_that_need_another_reference(family):
+    report = verify(tiny(family))
+    assert report, str(report)
+    assert report.reference == ("sdpa" if family == "Mistral" else "eager")
+
+
+def broken_attention(change):
+    """The attention function with its arguments changed."""
+    def function(*args, subtree_end=None, **kwargs):
+        if subtree_end is not None:
+            subtree_end, kwargs = change(subtree_end, kwargs)
+        return integration._attention_function(*args, subtree_end=subtree_end, **kwargs)
+
+    return function
+
+
+def leaking(subtree_end, kwargs):
+    return torch.full_like(subtree_end, subtree_end.shape[1]), kwargs  # one causal sequence
+
+
+def without_positions(subtree_end, kwargs):
+    places = torch.arange(subtree_end.shape[1])[None]
+    return subtree_end, kwargs | {"position_ids": places}  # a window counted in row places
+
+
+@pytest.mark.parametrize("family, change", [("Qwen3", leaking), ("Mistral", without_positions)])
+def test_faults_are_found(monkeypatch, family, change):
+    """Planted faults: branches see each other; a window that counts places in the row."""
+    from transformers import AttentionInterface
+
+    model = tiny(family)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flexmask", broken_attention(change))
+    report = verify(model)
+    assert not report and "DIFFERENT LOSSES" in str(report)
+    assert report.loss_difference > 1e-3
+
+
+def test_wrong_gradients_are_found(monkeypatch):
+    """Planted fault: right losses, and a backward that forgets part of dk."""
+    from flexmask.backends import blockwise
+
+    right = blockwise._backward
+
+    def wrong(*args):
+        dq, dk, dv, ds = right(*args)
+        return dq, 0.9 * dk, dv, ds
+
+    monkeypatch.setattr(blockwise, "_backward", wrong)
+    report = verify(tiny("Qwen3"))
+    assert report.loss_difference < 1e-5 and not report
+    assert verify(tiny("Qwen3"), gradients=False), "without gradients the fault cannot show"
+
+
+def test_nan_fails():
+    model = tiny("Qwen3")
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = math.nan
+    assert not verify(model)
+
+
+def test_model_is_left_as_it_was():
+    model = tiny("Qwen3").train()
+    model.set_attn_implementation("sdpa")
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    verify(model)
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert (model.lm_head.weight.grad == 1).all() and model.model.norm.weight.grad is None
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_peft_model():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny("Qwen3"), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    report = verify(model)
+    assert report and report.gradient_difference > 0
+
+
+def test_no_conversations_and_no_model():
+    with pytest.raises(ValueError, match="no conversations"):
+        verify(tiny("Qwen3"), [])
+    with pytest.raises(TypeError, match="expected a Hugging Face model"):
+        verify(torch.nn.Linear(2, 2))

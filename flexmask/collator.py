@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .mask import BLOCK_SIZE
-from .passes import ConversationError, render_passes
+from .passes import Conversation, ConversationError, render_passes, without_nulls
 from .tree import TokenTree
 
 
@@ -17,7 +17,9 @@ class OnePassCollator:
     """Joins examples into one row, pads it, and makes the batch. A `data_collator` for the Hugging Face Trainer.
 
     An example is a conversation (a dict with `messages`, and `tools` if it has any; or the list of messages), or a
-    tree made ahead: a TokenTree, a packed row of `pack`, or a dict of the columns of `TokenTree.to_dict`.
+    tree made ahead: a TokenTree, a packed row of `pack`, or a dict of the columns of `TokenTree.to_dict`. Keys with a
+    null are taken out of conversations that `load_conversations` has not read, because the rows of a `datasets.Dataset`
+    have them wherever another row has the key.
 
     Args:
         tokenizer: renders and tokenises conversations; its pad token (or token 0) fills the padding.
@@ -88,6 +90,8 @@ class OnePassCollator:
         if isinstance(example, Mapping):
             if "messages" not in example:
                 raise ConversationError(f"has the keys {sorted(example)}, expected messages or the columns of a tree")
+            if not isinstance(example, Conversation):
+                example = without_nulls(example)
             options = {"tools": example["tools"]} if example.get("tools") else {}
             return TokenTree.from_passes(
                 render_passes(example["messages"], self.tokenizer, **options, **self.template_options)

@@ -30,6 +30,18 @@ class ConversationError(ValueError):
     """A conversation that cannot be turned into passes. The text names the message."""
 
 
+class Conversation(dict):
+    """A checked conversation: a dict with `messages`, perhaps `tools`, and whatever else its record has.
+
+    Attributes:
+        origin: where it came from (`data.jsonl:12`), for errors that are found later.
+    """
+
+    def __init__(self, record: Mapping, origin: str):
+        super().__init__(record)
+        self.origin = origin
+
+
 @dataclass(frozen=True)
 class Pass:
     """One training sequence: a context, then one generated message.
@@ -118,6 +130,13 @@ def normalize_messages(messages) -> list[dict]:
     if not messages:
         raise ConversationError("the conversation is empty")
     return [_normalize_message(m, i) for i, m in enumerate(messages)]
+
+
+def without_nulls(value):
+    """Without the keys whose value is null, at any depth: Arrow puts them where another row has the key."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _normalize_message(message, index: int) -> dict:
@@ -233,8 +252,8 @@ def _completion(message: dict, index: int, prompt: str, answered: str, reasoning
     if stub:
         return visible[: stub.end("open")] + reasoning + visible[stub.start("close") :]
     raise ConversationError(
-        f"message {index} (assistant): the chat template drops its reasoning and renders only {visible[:80]!r}, and how the model writes "
-        "reasoning could not be detected; pass reasoning_format=…, for example "
+        f"message {index} (assistant): the chat template drops its reasoning and renders only {visible[:80]!r}, and "
+        "how the model writes reasoning could not be detected; pass reasoning_format=…, for example "
         "'<think>\\n{reasoning}\\n</think>\\n\\n', or a chat_template=… that renders the reasoning of the last message"
     )
 

@@ -267,6 +267,8 @@ def _rows(conversations, model, tokenizer, args: DataArguments, options) -> tupl
         **options,
     )
     print(prepared.summary(), flush=True)
+    if not prepared.trees:
+        raise ConversationError(f"nothing is left to train on; raise max_length (now {longest})")
     largest = max(int(tree.input_ids.max()) for tree in prepared.trees)
     embedded = model.get_input_embeddings().num_embeddings
     if largest >= embedded:

@@ -184,7 +184,7 @@ def test_missing_and_unknown_files_are_refused(monkeypatch):
     for name in ("none.json", "folder/none.jsonl", "none.PARQUET"):
         assert refusal(name) == f"{name}: there is no such file"
     expected = "expected a .jsonl, .json or .parquet file, or the name of a hub dataset"
-    for name in (write("data.csv", "a,b"), "none.txt", "./none", "a/b/c"):
+    for name in (write("data.csv", "a,b"), write("chats", "{}"), "none.txt", "./none", "a/b/c"):
         assert refusal(name) == f"{name}: {expected}"
     assert refusal(write("data.parquet", "PAR")).startswith("data.parquet: cannot be read as a Parquet file: ")
 
@@ -223,10 +223,10 @@ def test_trees_are_those_of_the_passes(conversations, tokenizer):
 
 
 def test_template_options_and_tools_reach_the_template(conversations, tokenizer):
-    template = "{{ tools | length if tools else 0 }}{{ extra }}" + tokenizer.chat_template
-    given = [{**conversations[0], "tools": TOOLS}, {**conversations[0], "tools": []}]
+    template = "{{ '0' if tools is none else tools | length + 1 }}{{ extra }}" + tokenizer.chat_template
+    given = [{**conversations[0], "tools": TOOLS * 2}, {**conversations[0], "tools": []}]
     trees = build_trees(given, tokenizer, chat_template=template, extra="~").trees
-    assert [tokenizer.decode(tree.input_ids[:2]) for tree in trees] == ["1~", "0~"]
+    assert [tokenizer.decode(tree.input_ids[:2]) for tree in trees] == ["3~", "0~"]
 
 
 def test_dataset_of_conversations_leaks_no_nulls(tokenizer):
@@ -243,7 +243,8 @@ def test_several_processes_build_the_same_trees(conversations, tokenizer):
     options = {"max_length": 300, "overlong": "truncate"}
     one, two = (build_trees(conversations, tokenizer, num_proc=n, **options) for n in (1, 2))
     assert same_trees(one.trees, two.trees)
-    assert str(one) == str(two) and one.targets_lost
+    assert str(one) == str(two)
+    assert one.truncated and f"LOST to max_length: 0 conversations dropped, {one.truncated} truncated" in str(one)
 
 
 def test_overlong_is_an_error_by_default(conversations, tokenizer):

@@ -1,11 +1,13 @@
+import datasets
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import conversation_passes
+from templates import TOOL_LOOP, TOOLS, answer, tokenizer, user
 
-from flexmask import OnePassCollator, Pass, TokenTree, pack, pack_stream
+from flexmask import OnePassCollator, Pass, TokenTree, pack, pack_stream, render_passes
 
 
 def chain(length, first=1):
@@ -89,6 +91,23 @@ def test_trees_columns_and_packed_rows_give_the_same_batch():
     for name in batches[0]:
         assert torch.equal(batches[0][name], batches[1][name])
         assert torch.equal(batches[0][name], batches[2][name])
+
+
+def test_raw_conversations_and_rows_of_a_dataset_give_the_same_batch():
+    """The bug guarded: Arrow fills the keys that a tool call lacks with nulls, and a template would render them."""
+    other = [user("Q"), answer("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}])]
+    conversations = [{"messages": TOOL_LOOP, "tools": TOOLS}, {"messages": other, "tools": TOOLS}]
+    collator = OnePassCollator(tokenizer("qwen3"))
+    expected = collator(conversations)
+    rows = datasets.Dataset.from_list(conversations)
+    assert any("'x': None" in repr(row) for row in rows)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in collator(list(rows)).items())
+    trees = [
+        TokenTree.from_passes(render_passes(c["messages"], tokenizer("qwen3"), tools=TOOLS)) for c in conversations
+    ]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in collator(trees).items())
+    mapped = rows.map(lambda row: collator.tree(row).to_dict(), remove_columns=rows.column_names, num_proc=2)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in collator(list(mapped)).items())
 
 
 @pytest.mark.parametrize(

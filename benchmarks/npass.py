@@ -48,16 +48,19 @@ def main() -> None:
     model = LlamaForCausalLM._from_config(config, attn_implementation="flexmask")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
-    def step(batches: list[dict]) -> float:
+    def losses_of(batches: list[dict]):
         targets = sum(batch["shift_labels"].numel() for batch in batches)
-        total = 0.0
-        for batch in batches:
-            loss = model(**batch, use_cache=False, num_items_in_batch=targets).loss
+        return (model(**batch, use_cache=False, num_items_in_batch=targets).loss for batch in batches)
+
+    @torch.no_grad()
+    def loss_of(batches: list[dict]) -> float:
+        return sum(loss.item() for loss in losses_of(batches))
+
+    def step(batches: list[dict]) -> None:
+        for loss in losses_of(batches):
             loss.backward()
-            total += loss.item()
         optimizer.step()
         optimizer.zero_grad()
-        return total
 
     rows = []
     for name in args.conversations:
@@ -65,14 +68,13 @@ def main() -> None:
         tree = TokenTree.from_passes(passes)
         one_pass = [OnePassCollator(Vocabulary(args.vocab_size))([tree])]
         n_pass = [plain_batch(p) for p in passes]
-        times, losses = {}, {}
-        for method, attention, batches in (("one-pass", "flexmask", one_pass), ("N-pass", "sdpa", n_pass)):
+        methods = {"one-pass": ("flexmask", one_pass), "N-pass": ("sdpa", n_pass)}
+        losses, times = {}, {}
+        for method, (attention, batches) in methods.items():  # before any step changes the weights
             model.set_attn_implementation(attention)
-            with torch.no_grad():
-                targets = sum(batch["shift_labels"].numel() for batch in batches)
-                losses[method] = sum(
-                    model(**b, use_cache=False, num_items_in_batch=targets).loss.item() for b in batches
-                )
+            losses[method] = loss_of(batches)
+        for method, (attention, batches) in methods.items():
+            model.set_attn_implementation(attention)
             times[method] = measure(lambda batches=batches: step(batches), args.repeats)
         tokens = sum(len(p.input_ids) for p in passes)
         rows.append(

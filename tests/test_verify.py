@@ -34,6 +34,7 @@ def test_families_that_need_another_reference(family):
 
 def broken_attention(change):
     """The attention function with its arguments changed."""
+
     def function(*args, subtree_end=None, **kwargs):
         if subtree_end is not None:
             subtree_end, kwargs = change(subtree_end, kwargs)

@@ -1,30 +1,37 @@
 """`attn_implementation="flexmask"` for Hugging Face models.
 
 With `subtree_end` in the batch, attention is over the tree. Without it, everything is as with the library's own
-`sdpa`: padding masks, key/value caches, `generate`.
+`sdpa`: padding masks, key/value caches, `generate`. A model that a tree would train wrongly is refused: by what its
+class and configuration say, when it is loaded; by what a layer is called with, at the first batch.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..attention import tree_attention
+from ..mask import once_per_forward
 
 NAME = "flexmask"
 
-# Layers that mix tokens only through the attention function.
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-# Families whose class looks fine and which still would train wrongly; found by tests/test_architectures.py.
+# Types of layers that mix tokens only through the attention function, or not at all.
+_LAYERS = {"full_attention", "sliding_attention", "mlp", "moe"}
+# Families that no rule below catches and that a tree still would train wrongly, found by running all of them.
 _REFUSED = {
-    "nemotron": "its attention layers do not receive the keywords given to the model, subtree_end among them",
+    "doge": "its attention layers add scores of their own to the mask",
+    "kosmos_2_5_text_model": "it counts positions from its padding token on",
+    "llama4_text": "its attention temperature counts places in the row, not positions in the pass",
+    "moshi": "in some versions of transformers its attention layers do not receive subtree_end",
+    "nemotron": "its attention layers do not receive subtree_end",
 }
 
 
@@ -45,9 +52,26 @@ class DeferredMask:
             self.made, self.is_made = sdpa_mask(**self.arguments), True
         return self.made
 
+    def window(self) -> int | None:
+        """The sliding window, None for a plain causal mask. Layers need not be told of it otherwise.
+
+        Raises:
+            NotImplementedError: a mask of another kind.
+        """
+        window = self.arguments.get("local_size")
+        kind = None
+        if "allow_is_bidirectional_skip" in self.arguments:
+            kind = "sees tokens in both directions"
+        elif self.arguments.get("use_vmap"):
+            kind = "has exceptions of its own (for images, say)"
+        elif window is not None and window != getattr(self.arguments["config"], "sliding_window", None):
+            kind = f"is cut into chunks of {window}"
+        if kind:
+            raise _refuse(self.arguments["config"], f"its attention mask {kind}")
+        return window
+
 
 def _mask_function(**arguments) -> Tensor | DeferredMask | None:
-    check_config(arguments["config"])
     may_be_tree = arguments.get("attention_mask") is None and arguments["q_length"] == arguments["kv_length"]
     return DeferredMask(arguments) if may_be_tree else sdpa_mask(**arguments)
 
@@ -68,7 +92,7 @@ def _attention_function(
         mask = attention_mask.make() if isinstance(attention_mask, DeferredMask) else attention_mask
         return _plain_attention(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    _check_layer(module, attention_mask, dropout, kwargs)
+    window = _check_layer(module, attention_mask, dropout, subtree_end, kwargs)
     out = tree_attention(
         query,
         key,
@@ -76,8 +100,8 @@ def _attention_function(
         subtree_end,
         scale=scaling,
         softcap=kwargs.get("softcap"),
-        sliding_window=kwargs.get("sliding_window"),
-        position_ids=kwargs.get("position_ids"),
+        sliding_window=window,
+        position_ids=None if window is None else kwargs["position_ids"],
         sinks=kwargs.get("s_aux"),
     )
     return out.transpose(1, 2).contiguous(), None
@@ -95,64 +119,132 @@ def _plain_attention(module, query, key, value, mask: Tensor | None, **kwargs):
     return eager(module, query, key, value, mask, **kwargs)[0], None
 
 
-def _check_layer(module, attention_mask, dropout: float, kwargs: dict) -> None:
+def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict) -> int | None:
+    """Refuse a layer that is called with what a tree cannot have. Returns its sliding window, if it has one."""
     config = module.config
-    check_config(config)
-    if attention_mask is not None and not isinstance(attention_mask, DeferredMask):
+    if not torch.compiler.is_compiling():
+        check_config(config)
+    if isinstance(mask, Tensor):
         raise ValueError(
             "got attention_mask and subtree_end; a tree batch needs no attention_mask, its padding sees itself"
         )
     if dropout:
-        raise ValueError(f"attention dropout is {dropout}; tree attention has none, set config.attention_dropout = 0")
-    if not getattr(module, "is_causal", True):
-        raise ValueError(f"{type(module).__name__} is not causal; a tree holds causal passes")
-    layer_types = getattr(config, "layer_types", None)
-    layer = getattr(module, "layer_idx", None)
-    has_window = layer_types[layer] == "sliding_attention" if layer_types and layer is not None else None
-    if has_window and kwargs.get("sliding_window") is None:
         raise ValueError(
-            f"layer {layer} of {config.model_type} has a sliding window that its attention function is not told of; "
-            "the tree would be trained without it"
+            f"attention dropout is {dropout}, and tree attention has none; "
+            "set it to 0 when loading the model: from_pretrained(…, attention_dropout=0.0)"
         )
+    layer = type(module).__name__
+    if not getattr(module, "is_causal", True):
+        raise _refuse(config, f"{layer} is not causal")
+    if kwargs.get("position_bias") is not None:
+        raise _refuse(config, f"{layer} adds a bias to the attention scores")
+    window = mask.window() if mask is not None else None
+    if kwargs.get("sliding_window") not in (None, window):
+        raise _refuse(config, f"{layer} has a window of {kwargs['sliding_window']}, and its attention mask {window}")
+
+    limit = _rotary_limit(config)
+    if (window or limit) and kwargs.get("position_ids") is None:
+        raise _refuse(config, f"{layer} is not told the position_ids of the batch")
+    if limit is not None:
+        longest = once_per_forward(_longest_path, subtree_end, position_ids=kwargs["position_ids"])
+        if longest > limit:
+            raise _refuse(
+                config,
+                f"a pass has {longest} tokens, and beyond {limit} the rotary embedding of a token depends on the length "
+                "of its whole pass, of which a tree holds many; leave out longer passes (max_length)",
+            )
+    return window
 
 
-@functools.lru_cache(maxsize=64)
-def _refusal(config_class: type, layer_types: tuple[str, ...], model_type: str) -> str | None:
-    """Why a model of this configuration would be trained wrongly, or None."""
-    strange = sorted(set(layer_types) - _ATTENTION_LAYERS)
-    if strange:
-        return f"it has layers of type {', '.join(strange)}, which mix tokens past the attention mask"
-    if model_type in _REFUSED:
-        return _REFUSED[model_type]
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
-    if isinstance(model_class, tuple):
-        model_class = model_class[0]
-    if model_class is None:
-        return None
-    if getattr(model_class, "_is_stateful", False):
-        return "it is recurrent: its state would carry one branch into the next"
-    if not model_class._can_set_attn_implementation():
-        return "its attention does not go through the library's attention interface"
-    if not model_class._supports_attention_backend:
-        return "its attention layers do not receive the keywords given to the model, subtree_end among them"
-    return None
+def _rotary_limit(config) -> int | None:
+    """Tokens of a pass up to which its length does not change its rotary embedding; None if it never does."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        kind = parameters.get("rope_type", "default")
+        if kind == "longrope":
+            limits.append(parameters["original_max_position_embeddings"])
+        elif "dynamic" in kind:
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
 
 
-def check_config(config: PreTrainedConfig) -> None:
+def _longest_path(subtree_end: Tensor, *, position_ids: Tensor) -> int:
+    return int(position_ids.max()) + 1
+
+
+def check_config(config: PreTrainedConfig, model_class: type | None = None) -> None:
     """Refuse an architecture that one-pass training would train wrongly.
+
+    Args:
+        config: of a causal LM, or of a model that has one inside.
+        model_class: the class to judge by if transformers has none for this configuration.
 
     Raises:
         NotImplementedError: naming the architecture and the reason.
     """
-    config = config.get_text_config()
-    reason = _refusal(type(config), tuple(getattr(config, "layer_types", None) or ()), config.model_type)
+    text = config.get_text_config(decoder=True)
+    text_class = _model_class(text) or _model_class(config) or model_class
+    encoder = hasattr(text, "is_decoder") and hasattr(text, "add_cross_attention")
+    layer_types = tuple(getattr(text, "layer_types", None) or ())
+    reason = _refusal(text.model_type, layer_types, encoder, text_class, _model_class(config) or text_class)
     if reason:
-        raise NotImplementedError(
-            f'{config.model_type} cannot be used with attn_implementation="flexmask": {reason}. Use "sdpa" and N passes'
-        )
+        raise _refuse(config, reason)
+
+
+def _refuse(config, reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        f'{config.model_type} cannot be trained with attn_implementation="{NAME}": {reason}. Use "sdpa" and N passes'
+    )
+
+
+def _model_class(config: PreTrainedConfig) -> type | None:
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
+@functools.lru_cache(maxsize=256)
+def _refusal(
+    model_type: str, layer_types: tuple[str, ...], encoder: bool, text_class: type | None, model_class: type | None
+) -> str | None:
+    """Why a model would be trained wrongly, or None. `model_class` is `text_class`, or a larger model around it."""
+    others = sorted(set(layer_types) - _LAYERS)
+    if others:
+        return f"it has layers of type {', '.join(others)}, and only full or sliding attention keeps branches apart"
+    if model_type in _REFUSED:
+        return _REFUSED[model_type]
+    if text_class is None:
+        return None
+    if text_class._is_stateful:
+        return "it is recurrent: its state would carry one branch into the next"
+    if not text_class._can_set_attn_implementation():
+        return "its attention does not go through the library's attention interface"
+    if not text_class._supports_attention_backend:
+        return "its attention layers are not declared to receive what the model is called with, subtree_end here"
+    if "position_ids" not in inspect.signature(text_class.forward).parameters:
+        return "it takes no position_ids: it counts places in the row, not positions in the pass"
+    if "logits_to_keep" not in inspect.signature(model_class.forward).parameters:
+        return "it takes no logits_to_keep, so its loss cannot be that of the targets"
+    if encoder:
+        return "it is an encoder by design, in which tokens see each other in both directions"
+    return None
 
 
 def register() -> None:
     """Make `attn_implementation="flexmask"` known to transformers."""
     AttentionInterface.register(NAME, _attention_function)
     AttentionMaskInterface.register(NAME, _mask_function)
+    _check_when_loading()
+
+
+def _check_when_loading() -> None:
+    """Every model asks itself, here, whether it can have the attention it is given; for ours it may be refused."""
+    library_check = PreTrainedModel.get_correct_attn_implementation
+
+    @functools.wraps(library_check)
+    def checked(self, requested_attention, *args, **kwargs):
+        if requested_attention == NAME and self.can_generate():
+            check_config(self.config, type(self))
+        return library_check(self, requested_attention, *args, **kwargs)
+
+    PreTrainedModel.get_correct_attn_implementation = checked

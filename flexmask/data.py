@@ -80,7 +80,7 @@ class Preparation:
         if not self.dropped and not self.truncated:
             return text + "\nnothing dropped, nothing truncated"
         return text + (
-            f"\nLOST to max_length: {self.dropped:,} conversations dropped, {self.truncated:,} truncated; "
+            f"\nLOST to max_length or max_tokens: {self.dropped:,} conversations dropped, {self.truncated:,} truncated; "
             f"{self.passes_lost:,} passes and {self.targets_lost:,} targets "
             f"({self.targets_lost / self.targets:.2%}) are not trained"
         )
@@ -119,6 +119,7 @@ def build_trees(
     tokenizer,
     *,
     max_length: int | None = None,
+    max_tokens: int | None = None,
     overlong: str = "error",
     num_proc: int | None = None,
     **template_options,
@@ -129,6 +130,7 @@ def build_trees(
         conversations: of `load_conversations`, or any dicts of the same form.
         tokenizer: a Hugging Face tokenizer with a chat template.
         max_length: tokens of one pass, at most.
+        max_tokens: tokens of one tree, at most: those of a row. A larger tree is an error, or dropped on "drop".
         overlong: what becomes of a conversation with a longer pass. "error"; "drop": it is left out; "truncate":
             every pass is cut after `max_length` tokens, as trainers on separate sequences do, passes left without a
             supervised token are removed, and a conversation left without a pass is dropped.
@@ -151,7 +153,12 @@ def build_trees(
         c if isinstance(c, Conversation) else _conversation(c, f"conversation {i}") for i, c in enumerate(conversations)
     ]
     build = partial(
-        _build, tokenizer=tokenizer, max_length=max_length, overlong=overlong, template_options=template_options
+        _build,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        max_tokens=max_tokens,
+        overlong=overlong,
+        template_options=template_options,
     )
     if num_proc and num_proc > 1 and len(conversations) > 1:
         with ProcessPoolExecutor(num_proc) as pool:
@@ -167,13 +174,20 @@ def build_trees(
     return Preparation([tree for tree, _ in built if tree is not None], **{name: counts[name] for name in names})
 
 
-def _build(conversation: Conversation, tokenizer, max_length, overlong, template_options) -> tuple:
+def _build(conversation: Conversation, tokenizer, max_length, max_tokens, overlong, template_options) -> tuple:
     """The tree of one conversation (None: dropped), and what Preparation counts."""
     try:
         tools = conversation.get("tools") or None
         passes = render_passes(conversation["messages"], tokenizer, tools=tools, **template_options)
         kept = _limit(passes, max_length, overlong)
         tree = TokenTree.from_passes(kept) if kept else None
+        if tree is not None and max_tokens is not None and len(tree) > max_tokens:
+            if overlong != "drop":
+                raise ConversationError(
+                    f"its tree has {len(tree)} tokens, more than the {max_tokens} of a row (max_tokens, not max_length, "
+                    'which caps one pass); raise max_tokens, or choose overlong="drop"'
+                )
+            kept, tree = [], None
         if tree is not None and tree.input_ids.max() >= len(tokenizer):
             raise ConversationError(
                 f"token id {tree.input_ids.max()} is outside the tokenizer's vocabulary of {len(tokenizer)}"

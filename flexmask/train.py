@@ -262,6 +262,7 @@ def _rows(conversations, model, tokenizer, args: DataArguments, options) -> tupl
         conversations,
         tokenizer,
         max_length=longest,
+        max_tokens=args.max_tokens,
         overlong=args.overlong,
         num_proc=args.dataset_num_proc,
         **options,
@@ -276,10 +277,7 @@ def _rows(conversations, model, tokenizer, args: DataArguments, options) -> tupl
             f"token id {largest} has no embedding, the model has {embedded}; is this its tokenizer? "
             "(resize_token_embeddings for added tokens)"
         )
-    try:
-        rows = pack(prepared.trees, args.max_tokens)
-    except ValueError as error:
-        raise ConversationError(f"{error} (max_tokens caps a row, max_length one pass)") from error
+    rows = pack(prepared.trees, args.max_tokens)
     print(f"{len(rows)} rows of at most {args.max_tokens} tokens", flush=True)
     return prepared.trees, rows
 

@@ -181,15 +181,15 @@ def test_flex_forward_on_cpu():
             close(found, expected, 1e-5)
 
 
-def test_flex_raises_past_the_recompile_limit_and_never_runs_dense(monkeypatch):
+def test_flex_raises_past_the_recompile_limit_and_never_runs_dense():
     """The bug guarded: past dynamo's limit a compiled flex_attention silently materialised the L×L scores."""
     from flexmask.backends import flex
 
     torch._dynamo.reset()
     flex._compiled.cache_clear()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     dtypes = (torch.float32, torch.bfloat16)  # a new dtype needs a compilation of its own
-    with torch.no_grad(), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+    limited = torch._dynamo.config.patch(recompile_limit=1)
+    with limited, torch.no_grad(), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         for dtype in dtypes:
             q, k, v, _, ends, *_ = detached(problem(5, 128, dim=16, value_dim=16, dtype=dtype))
             tree_attention(q, k, v, ends, backend="flex")

@@ -244,7 +244,10 @@ def test_several_processes_build_the_same_trees(conversations, tokenizer):
     one, two = (build_trees(conversations, tokenizer, num_proc=n, **options) for n in (1, 2))
     assert same_trees(one.trees, two.trees)
     assert str(one) == str(two)
-    assert one.truncated and f"LOST to max_length: 0 conversations dropped, {one.truncated} truncated" in str(one)
+    assert (
+        one.truncated
+        and f"LOST to max_length or max_tokens: 0 conversations dropped, {one.truncated} truncated" in str(one)
+    )
 
 
 def test_overlong_is_an_error_by_default(conversations, tokenizer):
@@ -335,3 +338,18 @@ def test_unknown_options_are_refused(tokenizer):
         build_trees([GOOD], tokenizer, overlong="cut")
     with pytest.raises(ValueError, match="max_length is 0, expected at least 1"):
         build_trees([GOOD], tokenizer, max_length=0)
+
+
+def test_a_tree_larger_than_a_row_is_an_error_or_dropped():
+    made = demo.conversations(6, turns=(1, 5))
+    tokenizer = demo.train_tokenizer(demo.texts(made))
+    sizes = [len(tree) for tree in build_trees(made, tokenizer).trees]
+    limit = sorted(sizes)[3]
+    first = next(i for i, size in enumerate(sizes) if size > limit)
+    with pytest.raises(
+        ConversationError, match=rf"conversation {first}: its tree has {sizes[first]} tokens.*max_tokens"
+    ):
+        build_trees(made, tokenizer, max_tokens=limit, overlong="truncate")
+    kept = build_trees(made, tokenizer, max_tokens=limit, overlong="drop")
+    assert [len(tree) for tree in kept.trees] == [size for size in sizes if size <= limit]
+    assert kept.dropped == sum(size > limit for size in sizes) and "LOST" in kept.summary()

@@ -127,13 +127,21 @@ def test_what_a_tree_cannot_be_combined_with():
     model = tiny("Qwen3")
     mask = torch.ones_like(batch["input_ids"])
     mask[0, -5:] = 0
-    with pytest.raises(ValueError, match="attention_mask and subtree_end"):
+    with pytest.raises(ValueError, match="attention_mask, or past_key_values, beside subtree_end"):
         model(**batch, attention_mask=mask)
     with pytest.raises(ValueError, match=r"attention dropout is 0.1.*attention_dropout=0.0"):
         tiny("Qwen3", attention_dropout=0.1).train()(**batch)
     past = model(input_ids=batch["input_ids"][:, :10], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="cache cannot be combined with subtree_end"):
+    with pytest.raises(ValueError, match="past_key_values, beside subtree_end"):
         model(**batch, past_key_values=past)
+
+
+def test_a_tree_batch_for_a_model_with_the_librarys_attention_is_refused():
+    """The bug guarded: sdpa ignores subtree_end, and trains the row as one long sequence."""
+    model = tiny("Qwen3")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r'got a tree batch, but the model has attn_implementation="sdpa"'):
+        model(**batch_of(2))
 
 
 def test_autocast_with_float32_weights():

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..attention import tree_attention
@@ -126,7 +127,8 @@ def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict
         check_config(config)
     if isinstance(mask, Tensor):
         raise ValueError(
-            "got attention_mask and subtree_end; a tree batch needs no attention_mask, its padding sees itself"
+            "got an attention_mask, or past_key_values, beside subtree_end; a tree batch takes neither: it is a whole "
+            "row, and its padding sees itself"
         )
     if dropout:
         raise ValueError(
@@ -232,9 +234,26 @@ def _refusal(
 
 def register() -> None:
     """Make `attn_implementation="flexmask"` known to transformers."""
+    for name, function in ALL_ATTENTION_FUNCTIONS.items():
+        AttentionInterface.register(name, _without_trees(name, function))
     AttentionInterface.register(NAME, _attention_function)
     AttentionMaskInterface.register(NAME, _mask_function)
     _check_when_loading()
+
+
+def _without_trees(name: str, function):
+    """The library's own attention, which would ignore `subtree_end` and train one long sequence, refusing it."""
+
+    @functools.wraps(function)
+    def attention(*args, **kwargs):
+        if kwargs.get("subtree_end") is not None:
+            raise ValueError(
+                f'got a tree batch, but the model has attn_implementation="{name}", which cannot read subtree_end; '
+                f'load it with attn_implementation="{NAME}", or call model.set_attn_implementation("{NAME}")'
+            )
+        return function(*args, **kwargs)
+
+    return attention
 
 
 def _check_when_loading() -> None:

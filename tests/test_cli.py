@@ -1,0 +1,157 @@
+"""The command line from end to end, on the model and the conversations that need no download."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_verify import broken_attention, leaking
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+from flexmask import demo
+from flexmask.cli import main
+
+TINY = ["--model_name_or_path", "flexmask/tiny-random"]
+FAST = [
+    "--use_cpu",
+    "true",
+    "--max_tokens",
+    "2048",
+    "--max_samples",
+    "24",
+    "--logging_steps",
+    "1",
+    "--disable_tqdm",
+    "true",
+]
+
+
+def train(tmp_path, *flags, data="flexmask/generated"):
+    return main(
+        ["train", *TINY, "--dataset_name", data, "--output_dir", str(tmp_path / "out"), *FAST, *map(str, flags)]
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of 4 steps with a checkpoint after 2; its output and its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert train(folder, "--max_steps", 4, "--save_steps", 2, "--learning_rate", 0.01, "--compare", 1) == 0
+    return folder / "out"
+
+
+def test_train_leaves_what_it_says(trained):
+    assert len(losses(trained)) == 4 and losses(trained)[-1] < losses(trained)[0]
+    for name in ("mask.png", "loss.png", "model.safetensors", "tokenizer.json", "checkpoint-2", "checkpoint-4"):
+        assert (trained / name).exists(), name
+
+
+def test_saved_model_loads_in_plain_transformers(trained):
+    assert "flexmask" not in (trained / "config.json").read_text()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    assert model.config._attn_implementation == "sdpa" and tokenizer.chat_template == demo.CHAT_TEMPLATE
+    ids = torch.tensor([tokenizer.apply_chat_template(demo.conversations(1)[0]["messages"][:1])["input_ids"]])
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
+
+
+def test_resume_goes_on_where_it_stopped(trained, tmp_path):
+    flags = ["--max_steps", 4, "--learning_rate", 0.01, "--resume_from_checkpoint", trained / "checkpoint-2"]
+    assert train(tmp_path, *flags) == 0
+    assert losses(tmp_path / "out") == pytest.approx(losses(trained), rel=1e-3)
+
+
+def test_config_file_and_flags_over_it(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model_name_or_path: flexmask/tiny-random\ndataset_name: flexmask/generated\n"
+        f"output_dir: {tmp_path / 'out'}\nmax_steps: 9\nuse_cpu: true\nmax_tokens: 2048\nmax_samples: 12\n"
+        "logging_steps: 1\nreport_to: none\ndisable_tqdm: true\neval_strategy: 'no'\nwarmup_steps: 0\n"
+    )
+    assert main(["train", "--config", str(config), "--max_steps", "1", "--verify", "false"]) == 0
+    assert len(losses(tmp_path / "out")) == 1
+    assert "max loss diff" not in capsys.readouterr().out, "verification was switched off"
+    config.write_text("no_such_option: 1\n")
+    with pytest.raises((SystemExit, ValueError), match=r"no_such_option|2"):
+        main(["train", "--config", str(config)])
+
+
+def test_lora(tmp_path):
+    assert (
+        train(tmp_path, "--max_steps", 2, "--use_peft", "true", "--lora_r", 4, "--gradient_checkpointing", "true") == 0
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_evaluation_and_accumulation(tmp_path):
+    flags = ["--max_steps", 1, "--gradient_accumulation_steps", 2, "--eval_strategy", "steps", "--eval_steps", 1]
+    assert train(tmp_path, *flags, "--eval_dataset_name", "flexmask/generated") == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_loss" in entry for entry in history)
+
+
+def test_a_mismatch_stops_before_training(tmp_path, monkeypatch, capsys):
+    """Planted fault: branches see each other."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flexmask", broken_attention(leaking))
+    assert train(tmp_path, "--max_steps", 1) == 1
+    said = capsys.readouterr()
+    assert "DIFFERENT LOSSES" in said.out and "nothing was trained" in said.err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path, capsys):
+    assert train(tmp_path, "--max_steps", 8, "--learning_rate", 1e30, "--max_grad_norm", 0, "--verify", "false") == 2
+    assert "at step" in capsys.readouterr().err
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(c) + "\n" for c in demo.conversations(8, turns=(2, 4))))
+    return str(path)
+
+
+def test_overlong(tmp_path, data, capsys):
+    assert train(tmp_path, "--max_length", 300, data=data) == 2
+    error = capsys.readouterr().err
+    assert "data.jsonl:" in error and "more than 300 (max_length)" in error
+    assert train(tmp_path, "--max_length", 300, "--overlong", "truncate", "--max_steps", 1, data=data) == 0
+    assert "LOST to max_length" in capsys.readouterr().out
+    assert train(tmp_path, "--max_length", 10, "--overlong", "drop", "--max_steps", 1, data=data) == 2
+    assert "nothing is left to train on" in capsys.readouterr().err
+    assert train(tmp_path, "--max_tokens", 256, data=data) == 2
+    assert "more than the 256 of a row (max_tokens" in capsys.readouterr().err
+
+
+def test_verify_and_inspect(tmp_path, trained, data, capsys):
+    assert main(["verify", data, "--model_name_or_path", str(trained), "--max_samples", "2"]) == 0
+    assert "the same losses" in capsys.readouterr().out
+    picture = tmp_path / "picture.png"
+    assert main(["inspect", data, "--tokenizer", str(trained), "--index", "3", "--output", str(picture)]) == 0
+    assert "visible pairs" in capsys.readouterr().out and picture.stat().st_size > 10_000
+    assert main(["inspect", data, "--tokenizer", str(trained), "--index", "8"]) == 2
+    assert "has 8 conversations" in capsys.readouterr().err
+
+
+def test_verify_exit_code_tells_a_mismatch(trained, data, monkeypatch, capsys):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flexmask", broken_attention(leaking))
+    assert main(["verify", data, "--model_name_or_path", str(trained), "--gradients", "false"]) == 1
+    assert "DIFFERENT LOSSES" in capsys.readouterr().out
+
+
+def test_bad_input_is_told_and_exits_with_2(tmp_path, trained, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": 3}]}\n')
+    assert main(["inspect", str(tmp_path / "bad.jsonl"), "--tokenizer", str(trained)]) == 2
+    assert "bad.jsonl:1: message 0 (user): content is int" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none.jsonl"), "--tokenizer", str(trained)]) == 2
+    assert main([]) == 2 and main(["--help"]) == 0 and main(["fly"]) == 2
+
+
+def test_batches_of_several_rows_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="a batch is one packed row"):
+        train(tmp_path, "--per_device_train_batch_size", 4)

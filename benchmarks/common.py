@@ -1,6 +1,7 @@
 """What every benchmark shares: conversations of given lengths, repeated timing, and a result file that says where."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def save(name: str, rows: list[dict], **more) -> Path:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     result = {
-        "command": " ".join(["python", *map(_relative, sys.argv)]),
+        "command": " ".join([*_environment(), "python", *map(_relative, sys.argv)]),
         "commit": git.stdout.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
         "machine": torch.cuda.get_device_name()
@@ -82,6 +83,11 @@ def save(name: str, rows: list[dict], **more) -> Path:
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
+
+
+def _environment() -> list[str]:
+    """Variables that change speed, as they would be written before the command."""
+    return [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(("MALLOC_", "OMP_"))]
 
 
 def _relative(argument: str) -> str:

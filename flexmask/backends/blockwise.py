@@ -11,12 +11,12 @@ The backward recomputes the probabilities from the saved log-sum-exp. Memory gro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 # Larger blocks mean fewer, larger products; smaller ones mask less. Measured on two CPU cores, see benchmarks/LOG.md.
@@ -46,7 +46,7 @@ class _Tile:
     start: int
     stop: int
     ranges: list[tuple[int, int]]
-    keys: np.ndarray  # the same, place by place
+    hidden: np.ndarray | None  # bool (queries, keys from `masked_from` on): what must not be seen
     masked_from: int  # keys before this one (in order) are visible to every query of the block
 
     def gather(self, x_GLD: Tensor) -> Tensor:
@@ -54,17 +54,10 @@ class _Tile:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     def add_to(self, x_GLD: Tensor, addend_GKD: Tensor) -> None:
-        for (a, b), piece in zip(self.ranges, addend_GKD.split([b - a for a, b in self.ranges], 1)):
-            x_GLD[:, a:b] += piece
-
-    def hidden(self, subtree_end: np.ndarray, positions: np.ndarray | None, window: int | None) -> np.ndarray:
-        """bool (queries, keys from `masked_from` on): what must not be seen."""
-        queries = np.arange(self.start, self.stop)[:, None]
-        keys = self.keys[self.masked_from :]
-        hidden = (keys > queries) | (subtree_end[keys] <= queries)
-        if window is not None:
-            hidden |= positions[queries] - positions[keys] >= window
-        return hidden
+        done = 0
+        for a, b in self.ranges:
+            x_GLD[:, a:b] += addend_GKD[:, done : done + b - a]
+            done += b - a
 
 
 def _tiles(subtree_end: np.ndarray, positions: np.ndarray | None, window: int | None) -> Iterator[_Tile]:
@@ -73,52 +66,58 @@ def _tiles(subtree_end: np.ndarray, positions: np.ndarray | None, window: int | 
         ancestors = np.flatnonzero(subtree_end[:start] > start)
         if window is not None:
             ancestors = ancestors[positions[ancestors] > positions[start:stop].min() - window]
-        keys = np.concatenate([ancestors, np.arange(start, stop)])
+        queries = np.arange(start, stop)
+        keys = np.concatenate([ancestors, queries])
         breaks = np.flatnonzero(np.diff(keys) != 1) + 1
-        ranges = [(int(r[0]), int(r[-1]) + 1) for r in np.split(keys, breaks)]
+        edges = [0, *breaks.tolist(), len(keys)]
+        ranges = [(int(keys[i]), int(keys[j - 1]) + 1) for i, j in itertools.pairwise(edges)]
+
         masked_from = 0 if window is not None else int((subtree_end[ancestors] >= stop).sum())
-        yield _Tile(start, stop, ranges, keys, masked_from)
+        masked = keys[masked_from:]
+        hidden = (masked > queries[:, None]) | (subtree_end[masked] <= queries[:, None])
+        if window is not None:
+            hidden |= positions[queries][:, None] - positions[masked] >= window
+        yield _Tile(start, stop, ranges, hidden if hidden.any() else None, masked_from)
 
 
 class _Problem:
-    """The arrays of one attention call, head groups split out, and the work on one tile.
+    """The tensors of one attention call without its batch dimension, heads split into groups, and the scores of a tile.
 
-    Shapes: G key/value heads, R query heads per key/value head, L tokens, D and V head sizes, Q queries and K keys of
-    a tile. Low precision is computed in float32.
+    G key/value heads, R query heads for each of them, L tokens, D head size; Q queries and K keys of a tile. The query
+    heads of a group lie below each other in one matrix of R·Q lines, so that they share one product with its keys. Low
+    precision is computed in float32.
     """
 
     def __init__(self, query, key, value, subtree_end, position_ids, sinks, scale, softcap, window):
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        self.heads, self.groups = query.shape[0], key.shape[0]
-        self.query, self.key, self.value = query, key, value
-        self.sinks = None if sinks is None else self.split(sinks.to(self.dtype)[:, None])  # G R 1
-        self.subtree_end = subtree_end.cpu().numpy()
-        self.positions = None if window is None else position_ids.cpu().numpy()
-        self.scale, self.softcap, self.window = scale, softcap, window
+        self.groups = key.shape[0]
+        self.query = self.split(query)
+        self.key, self.value = key.to(self.dtype), value.to(self.dtype)
+        self.sinks = None if sinks is None else self.split(sinks.to(self.dtype))[..., None]  # G R 1
+        self.scale, self.softcap = scale, softcap
+        positions = None if window is None else position_ids.cpu().numpy()
+        self.tiles = _tiles(subtree_end.cpu().numpy(), positions, window)
 
     def split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "(g r) ... -> g r ...", g=self.groups)
+        """(heads, …) -> (G, R, …), a view."""
+        return x.unflatten(0, (self.groups, -1))
 
-    def tiles(self) -> Iterator[_Tile]:
-        return _tiles(self.subtree_end, self.positions, self.window)
+    def rows(self, x_GRLD: Tensor, tile: _Tile) -> Tensor:
+        """The queries of a tile as G (R Q) D."""
+        return x_GRLD[:, :, tile.start : tile.stop].flatten(1, 2).to(self.dtype)
 
-    def rows(self, x_HLD: Tensor, tile: _Tile) -> Tensor:
-        """Queries of a tile as G (R Q) D, so that the query heads of a group share one product with its keys."""
-        rows = rearrange(x_HLD[:, tile.start : tile.stop], "(g r) q d -> g (r q) d", g=self.groups)
-        return rows.to(self.dtype)
-
-    def scores(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def scores(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Scaled queries, keys, capped scores with -inf where hidden, and the derivative of the cap (or None)."""
         q = self.rows(self.query, tile) * self.scale
-        k = tile.gather(self.key).to(self.dtype)
+        k = tile.gather(self.key)
         s = q @ k.mT
         slope = None
         if self.softcap is not None:
             s = s.div_(self.softcap).tanh_()
             slope = 1 - s * s
             s = s.mul_(self.softcap)
-        if tile.masked_from < len(tile.keys):
-            hidden = torch.from_numpy(tile.hidden(self.subtree_end, self.positions, self.window)).to(s.device)
+        if tile.hidden is not None:
+            hidden = torch.from_numpy(tile.hidden).to(s.device)
             s.unflatten(1, (-1, tile.stop - tile.start))[..., tile.masked_from :].masked_fill_(hidden, -torch.inf)
         return q, k, s, slope
 
@@ -139,21 +138,20 @@ def _forward(
     for b in range(query.shape[0]):
         positions = None if position_ids is None else position_ids[b]
         p = _Problem(query[b], key[b], value[b], subtree_end[b], positions, sinks, scale, softcap, sliding_window)
-        for tile in p.tiles():
+        out_GRLV, lse_GRL = p.split(out[b]), p.split(lse[b])
+        for tile in p.tiles:
             _, _, s, _ = p.scores(tile)
             top = s.amax(-1, keepdim=True)
             weights = s.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
-            o = weights @ tile.gather(p.value).to(p.dtype)
-            norm = top + total.log()
+            shape = (p.groups, -1, tile.stop - tile.start)
+            norm = (top + total.log()).view(shape)
+            o = (weights @ tile.gather(p.value)).div_(total).view(*shape, value.shape[-1])
             if p.sinks is not None:
-                norm = torch.logaddexp(norm.unflatten(1, (-1, tile.stop - tile.start)), p.sinks[..., None]).flatten(
-                    1, 2
-                )
-            o *= (top - norm).exp()
-            queries = slice(tile.start, tile.stop)
-            out[b, :, queries] = rearrange(o, "g (r q) d -> (g r) q d", q=tile.stop - tile.start)
-            lse[b, :, queries] = rearrange(norm, "g (r q) 1 -> (g r) q", q=tile.stop - tile.start)
+                o *= torch.sigmoid(norm - p.sinks)[..., None]
+                norm = torch.logaddexp(norm, p.sinks)
+            out_GRLV[:, :, tile.start : tile.stop] = o
+            lse_GRL[:, :, tile.start : tile.stop] = norm
     return out, lse
 
 
@@ -190,26 +188,23 @@ def _backward(
     for b in range(query.shape[0]):
         positions = None if position_ids is None else position_ids[b]
         p = _Problem(query[b], key[b], value[b], subtree_end[b], positions, sinks, scale, softcap, sliding_window)
-        dk_GLD = torch.zeros_like(key[b], dtype=p.dtype, memory_format=torch.contiguous_format)
-        dv_GLV = torch.zeros_like(value[b], dtype=p.dtype, memory_format=torch.contiguous_format)
-        for tile in p.tiles():
+        dq_GRLD, dk_GLD, dv_GLV = p.split(dq[b]), torch.zeros_like(p.key), torch.zeros_like(p.value)
+        do_GRLV, lse_GRL = p.split(grad_out[b]), p.split(lse[b])
+        delta_GRL = (grad_out[b].to(p.dtype) * out[b]).sum(-1).unflatten(0, (p.groups, -1))
+        for tile in p.tiles:
             q, k, s, slope = p.scores(tile)
-            do = p.rows(grad_out[b], tile)
-            delta = (do * p.rows(out[b], tile)).sum(-1, keepdim=True)
-            norm = p.rows(lse[b, :, :, None], tile)
-            weights = s.sub_(norm).exp_()
+            do = p.rows(do_GRLV, tile)
+            weights = s.sub_(p.rows(lse_GRL[..., None], tile)).exp_()
             tile.add_to(dv_GLV, weights.mT @ do)
-            ds = (do @ tile.gather(p.value).to(p.dtype).mT).sub_(delta).mul_(weights)
+            ds = (do @ tile.gather(p.value).mT).sub_(p.rows(delta_GRL[..., None], tile)).mul_(weights)
             if slope is not None:
                 ds *= slope
             tile.add_to(dk_GLD, ds.mT @ q)
-            block = rearrange(ds @ k, "g (r q) d -> (g r) q d", q=tile.stop - tile.start)
-            dq[b, :, tile.start : tile.stop] = block.mul_(scale)
-            if p.sinks is not None:
-                by_head = (-1, tile.stop - tile.start)
-                share = (p.sinks[..., None] - norm.unflatten(1, by_head)).exp() * delta.unflatten(1, by_head)
-                dsinks -= share.sum((-1, -2)).flatten().to(dsinks.dtype)
+            block = (ds @ k).mul_(scale)
+            dq_GRLD[:, :, tile.start : tile.stop] = block.view(p.groups, -1, tile.stop - tile.start, query.shape[-1])
         dk[b], dv[b] = dk_GLD, dv_GLV
+        if p.sinks is not None:
+            dsinks -= ((p.sinks - lse_GRL).exp() * delta_GRL).sum(-1).flatten().to(dsinks.dtype)
     return dq, dk, dv, dsinks
 
 

@@ -40,7 +40,8 @@ def tree_attention(
         sliding_window: a query sees ancestors fewer than this many positions before it; needs `position_ids`.
         position_ids: integer (batch, L), or (1, L) for all, the logical position of each token.
         sinks: (heads,), per head a score that takes part in the softmax and has no value (gpt-oss).
-        backend: "flex" (CUDA; CPU without gradients), "blockwise" (any device), or "auto": the fastest that works.
+        backend: "flex" (CUDA; CPU without gradients), "blockwise" (any device), or "auto": the fastest that can do this
+            call and be compiled here, forward and backward. What cannot be compiled is logged once, with the reason.
 
     Returns:
         (batch, heads, L, value_dim) in the dtype of `query`, or of autocast where that is on.
@@ -48,8 +49,10 @@ def tree_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range, or ends that cross.
         NotImplementedError: the backend asked for cannot do this; the text names one that can.
+        torch._dynamo.exc.FailOnRecompileLimitHit: backend="flex", and more variants than can be kept compiled.
+    Under torch.compile the values of `subtree_end` are not checked, and no other backend is tried.
     """
-    query, key, value = _one_dtype(query, key, value)
+    query, key, value = _as_autocast(query, key, value)
     if position_ids is not None:
         position_ids = position_ids.expand(query.shape[0], -1)
     _check(query, key, value, subtree_end, scale, softcap, sliding_window, position_ids, sinks, backend)
@@ -64,18 +67,23 @@ def tree_attention(
         return BACKENDS[backend](query, key, value, subtree_end, **arguments)
     for name in _preferred(query.device.type):
         try:
+            if name != "blockwise":
+                _probe_backward(name, query, key, value, subtree_end, arguments)
             return BACKENDS[name](query, key, value, subtree_end, **arguments)
+        except NotImplementedError:
+            continue  # not this call; another one may fit
         except Exception as error:
-            if name == "blockwise" or torch.compiler.is_compiling():
+            if not _is_compilation_error(error) or torch.compiler.is_compiling():
                 raise
             _broken[name] = f"{type(error).__name__}: {error}"
             logger.warning("flexmask: backend %r failed and is not used any more (%s)", name, _broken[name])
-    raise AssertionError("unreachable: blockwise returns or raises")
+    raise AssertionError("unreachable: blockwise can do everything")
 
 
 _ON_CUDA = ("flex", "blockwise")
 _ELSEWHERE = ("blockwise",)
-_broken: dict[str, str] = {}  # backends that failed under "auto", and why
+_broken: dict[str, str] = {}  # backends that could not be compiled under "auto", and why
+_probed: set[tuple] = set()
 
 
 def _preferred(device: str) -> list[str]:
@@ -83,7 +91,34 @@ def _preferred(device: str) -> list[str]:
     return [name for name in (_ON_CUDA if device == "cuda" else _ELSEWHERE) if name not in _broken]
 
 
-def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) -> None:
+    """Run forward and backward once per kind of call, so that a backward that cannot be compiled is found out here.
+
+    In the training step itself it would fail inside `loss.backward()`, where no other backend can be chosen any more.
+    """
+    tensors = {"query": query, "key": key, "value": value, "sinks": arguments["sinks"]}
+    needs_grad = {n: x.requires_grad for n, x in tensors.items() if x is not None}
+    if not torch.is_grad_enabled() or not any(needs_grad.values()) or torch.compiler.is_compiling():
+        return
+    options = (arguments["softcap"], arguments["sliding_window"])
+    kind = (name, query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], *options)
+    kind += tuple(needs_grad.items())
+    if kind in _probed:
+        return
+    _probed.add(kind)
+    copies = {n: tensors[n].detach().requires_grad_(needed) for n, needed in needs_grad.items()}
+    arguments = arguments | {"sinks": copies.pop("sinks", None)}
+    # Hooks of gradient checkpointing would recompute the layer here.
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        BACKENDS[name](*copies.values(), subtree_end, **arguments).sum().backward()
+
+
+def _is_compilation_error(error: Exception) -> bool:
+    """Of dynamo, inductor or Triton: also a kernel that needs more shared memory than the device has."""
+    return any(cls.__module__.startswith(("torch._dynamo.", "torch._inductor.", "triton.")) for cls in type(error).__mro__)
+
+
+def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, cast as PyTorch's own attention would: models hand over float32 q and k with a bfloat16 v."""
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .mask import BLOCK_SIZE
-from .passes import Conversation, ConversationError, render_passes, without_nulls
+from .passes import ConversationError, render_conversation
 from .tree import TokenTree
 
 
@@ -17,13 +17,11 @@ class OnePassCollator:
     """Joins examples into one row, pads it, and makes the batch. A `data_collator` for the Hugging Face Trainer.
 
     An example is a conversation (a dict with `messages`, and `tools` if it has any; or the list of messages), or a
-    tree made ahead: a TokenTree, a packed row of `pack`, or a dict of the columns of `TokenTree.to_dict`. Keys with a
-    null are taken out of conversations that `load_conversations` has not read, because the rows of a `datasets.Dataset`
-    have them wherever another row has the key.
+    tree made ahead: a TokenTree, a packed row of `pack`, or a dict of the columns of `TokenTree.to_dict`.
 
     Args:
         tokenizer: renders and tokenises conversations; its pad token (or token 0) fills the padding.
-        max_tokens: tokens of a row, at most. More is an error, never a cut.
+        max_tokens: tokens of a row before padding, at most. More is an error, never a cut.
         max_length: tokens of one path from the first to the last token the model sees in a row, at most.
         pad_to_multiple_of: rows are padded to a multiple of this. 128 is the block of the attention kernels; a larger
             number (say `max_tokens`) gives fewer different shapes.
@@ -60,8 +58,9 @@ class OnePassCollator:
         for index, example in enumerate(examples):
             try:
                 trees.append(self.tree(example))
-            except ValueError as error:
-                raise type(error)(f"example {index} of the batch: {error}") from error
+            except (ValueError, TypeError) as error:
+                kind = ConversationError if isinstance(error, ConversationError) else ValueError
+                raise kind(f"example {index} of the batch: {error}") from error
         row = TokenTree.concat(trees)
         if self.max_tokens is not None and len(row) > self.max_tokens:
             raise ValueError(
@@ -77,9 +76,9 @@ class OnePassCollator:
             raise ConversationError(
                 f"the longest pass has {tree.max_length} tokens, the model takes {self.max_length} (max_length)"
             )
-        largest, vocabulary = int(tree.input_ids.max()), len(self.tokenizer)
-        if largest >= vocabulary or int(tree.input_ids.min()) < 0:
-            raise ValueError(f"token id {largest} is outside the tokenizer's vocabulary of {vocabulary}")
+        vocabulary = len(self.tokenizer)
+        for outside in tree.input_ids[(tree.input_ids < 0) | (tree.input_ids >= vocabulary)][:1]:
+            raise ValueError(f"token id {outside} is outside the tokenizer's vocabulary of {vocabulary}")
         return tree
 
     def _tree(self, example) -> TokenTree:
@@ -87,16 +86,7 @@ class OnePassCollator:
             return example
         if isinstance(example, Mapping) and "subtree_end" in example:
             return TokenTree.from_dict(example)
-        if isinstance(example, Mapping):
-            if "messages" not in example:
-                raise ConversationError(f"has the keys {sorted(example)}, expected messages or the columns of a tree")
-            if not isinstance(example, Conversation):
-                example = without_nulls(example)
-            options = {"tools": example["tools"]} if example.get("tools") else {}
-            return TokenTree.from_passes(
-                render_passes(example["messages"], self.tokenizer, **options, **self.template_options)
-            )
-        return TokenTree.from_passes(render_passes(example, self.tokenizer, **self.template_options))
+        return TokenTree.from_passes(render_conversation(example, self.tokenizer, **self.template_options))
 
     def batch(self, row: TokenTree) -> dict[str, Tensor]:
         """The batch of one row."""

@@ -17,7 +17,7 @@ from functools import partial
 import datasets
 import pyarrow.parquet
 
-from .passes import Conversation, ConversationError, Pass, normalize_messages, render_passes, without_nulls
+from .passes import Conversation, ConversationError, Pass, render_conversation, normalize_messages, without_nulls
 from .tree import TokenTree
 
 SHAREGPT_ROLES = {
@@ -37,7 +37,8 @@ _STRING_OR_CONSTANT = re.compile(r'"(?:\\.|[^"\\])*"|-?Infinity|NaN')
 
 @dataclass(frozen=True)
 class Preparation:
-    """The trees of a dataset, and what was lost on the way. Passes and targets are counted before any loss.
+    """The trees of a dataset, and what was lost on the way. Passes and targets are counted before any loss. `str()` of it
+    tells both in two lines.
 
     Attributes:
         trees: one per conversation that was kept, in order.
@@ -69,8 +70,7 @@ class Preparation:
         """Tokens of the same passes as separate sequences."""
         return sum(int(tree.pass_lengths.sum()) for tree in self.trees)
 
-    def summary(self) -> str:
-        """Two lines: what there is, and what is lost."""
+    def __str__(self) -> str:
         text = (
             f"{self.conversations:,} conversations, {self.passes:,} passes, {self.targets:,} targets -> "
             f"{len(self.trees):,} trees with {self.tokens:,} tokens"
@@ -84,8 +84,6 @@ class Preparation:
             f"{self.passes_lost:,} passes and {self.targets_lost:,} targets "
             f"({self.targets_lost / self.targets:.2%}) are not trained"
         )
-
-    __str__ = summary
 
 
 def load_conversations(name: str, split: str = "train") -> list[Conversation]:
@@ -177,8 +175,7 @@ def build_trees(
 def _build(conversation: Conversation, tokenizer, max_length, max_tokens, overlong, template_options) -> tuple:
     """The tree of one conversation (None: dropped), and what Preparation counts."""
     try:
-        tools = conversation.get("tools") or None
-        passes = render_passes(conversation["messages"], tokenizer, tools=tools, **template_options)
+        passes = render_conversation(conversation, tokenizer, **template_options)
         kept = _limit(passes, max_length, overlong)
         tree = TokenTree.from_passes(kept) if kept else None
         if tree is not None and max_tokens is not None and len(tree) > max_tokens:

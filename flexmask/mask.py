@@ -136,7 +136,9 @@ def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
 def once_per_forward(build: Callable, subtree_end: Tensor, *, position_ids: Tensor | None = None, **arguments):
     """`build(subtree_end, …)`, computed by the first layer and shared by the others, which get the same tensor.
 
-    Under torch.compile nothing is kept: the compiler merges equal computations of one graph by itself.
+    What is built must not hold `subtree_end` itself, or the two would keep each other alive. Under torch.compile
+    nothing is kept, because the compiler merges equal computations of one graph by itself, and nothing is checked,
+    because a check reads values.
     """
     tensors = {} if position_ids is None else {"position_ids": position_ids}
     if torch.compiler.is_compiling():
@@ -209,10 +211,12 @@ def tree_block_mask(
 ) -> BlockMask:
     """A torch `BlockMask` for the tree mask, with forward and transposed lists, made without `create_block_mask`.
 
-    Arguments as in `block_lists`; the result lives on the device of `subtree_end`, where it must be used
+    Arguments as in `block_lists`. The lists are made once for a tensor `subtree_end`; the result lives on the device of `subtree_end`, where it must be used
     (`BlockMask.to` would not move the tensors its `mask_mod` reads).
     """
-    lists = block_lists(subtree_end, position_ids=position_ids, sliding_window=sliding_window, block_size=block_size)
+    lists = once_per_forward(
+        block_lists, subtree_end, position_ids=position_ids, sliding_window=sliding_window, block_size=block_size
+    )
     return BlockMask(
         seq_lengths=(subtree_end.shape[1], subtree_end.shape[1]),
         kv_num_blocks=lists.kv_num,

@@ -47,8 +47,9 @@ def pack_stream(trees: Iterable[TokenTree], max_tokens: int, buffer_size: int = 
     for tree in trees:
         pending.append(tree)
         if len(pending) >= buffer_size:
-            *full, emptiest = sorted(pack(pending, max_tokens), key=len, reverse=True)
-            yield from full
+            rows = pack(pending, max_tokens)
+            emptiest = rows.pop(min(range(len(rows)), key=lambda i: len(rows[i])))
+            yield from rows
             pending = [emptiest]
     if pending:
         yield from pack(pending, max_tokens)

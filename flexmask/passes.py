@@ -85,15 +85,20 @@ def render_passes(
         The passes, in the order of the messages; input_ids int64[T] and loss_mask bool[T] as numpy arrays.
 
     Raises:
-        ConversationError: the messages are malformed, or the template cannot render one of them.
+        ConversationError: the messages are malformed, or the template cannot render one of them; the message is named
+            by its index, counted from zero.
+        ValueError: a reasoning_format without its placeholder, an end_of_turn that is not one token.
     """
     messages = normalize_messages(messages)
     if reasoning_format is not None and reasoning_format.count("{reasoning}") != 1:
         raise ValueError(f"reasoning_format must contain '{{reasoning}}' exactly once, got {reasoning_format!r}")
     if not (chat_template or tokenizer.chat_template):
         raise ConversationError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; pass chat_template=… (a Jinja template)"
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; pass chat_template=… (a Jinja template; "
+            "--chat_template_path on the command line)"
         )
+    if end_of_turn is not None and len(tokenizer(end_of_turn, add_special_tokens=False)["input_ids"]) != 1:
+        raise ValueError(f"end_of_turn is {end_of_turn!r}, which is not one token of the tokenizer")
     targets = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
     if not targets:
         raise ConversationError('no assistant message to train (none at all, or all have "train": false)')
@@ -117,6 +122,32 @@ def render_passes(
     for i, completion in zip(targets, completions):
         _check_rendered(messages[i], i, completion)
     return _tokenize(tokenizer, prompts, completions)
+
+
+def render_conversation(conversation, tokenizer, **options) -> list[Pass]:
+    """The passes of a conversation in the form that datasets have.
+
+    Args:
+        conversation: a dict with `messages`, and `tools` if it has any; or the list of messages. Keys with a null are
+            taken out of one that `load_conversations` has not read, because the rows of a `datasets.Dataset` have them
+            wherever another row has the key.
+        tokenizer, **options: as `render_passes` takes them.
+
+    Raises:
+        ConversationError: no messages, or `render_passes` refuses them.
+    """
+    if not isinstance(conversation, Mapping):
+        return render_passes(conversation, tokenizer, **options)
+    if "messages" not in conversation:
+        raise ConversationError(
+            f"has the keys {sorted(map(str, conversation))}, expected messages"
+            + (" (flexmask.data.load_conversations reads ShareGPT's form)" if "conversations" in conversation else "")
+        )
+    if not isinstance(conversation, Conversation):
+        conversation = without_nulls(conversation)
+    if conversation.get("tools"):
+        options = options | {"tools": conversation["tools"]}
+    return render_passes(conversation["messages"], tokenizer, **options)
 
 
 def normalize_messages(messages) -> list[dict]:
@@ -343,7 +374,7 @@ def _check_rendered(message: dict, index: int, completion: str) -> None:
         if name not in completion:
             raise ConversationError(
                 f"message {index} (assistant): the chat template does not render its call of the tool {name!r}; "
-                "pass a chat_template=… that supports tools"
+                "pass a chat_template=… that supports tools (--chat_template_path on the command line)"
             )
 
 

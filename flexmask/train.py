@@ -267,7 +267,7 @@ def _rows(conversations, model, tokenizer, args: DataArguments, options) -> tupl
         num_proc=args.dataset_num_proc,
         **options,
     )
-    print(prepared.summary(), flush=True)
+    print(prepared, flush=True)
     if not prepared.trees:
         raise ConversationError(f"nothing is left to train on; raise max_length (now {longest})")
     largest = max(int(tree.input_ids.max()) for tree in prepared.trees)

@@ -7,7 +7,7 @@ of that shares code with the tree, its mask, its positions or its targets.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .collator import OnePassCollator
 from .integrations.transformers import NAME, check_config
-from .passes import Pass, render_passes
+from .passes import Pass, render_conversation
 from .tree import TokenTree
 
 # (per-token loss, gradient), relative to the largest. float64 still rounds to float32 inside the library's norms.
@@ -34,26 +34,46 @@ TOLERANCE = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """One conversation, both ways. Differences are relative to the largest value among the N passes'."""
+    """One row both ways: a conversation, or two packed. Differences are relative to the largest of the N passes' values.
 
+    Attributes:
+        conversations: their indices.
+        passes, targets: how many the row has.
+        tokens_n_pass, tokens_one_pass: tokens of the passes as separate sequences, and of the row without padding.
+        seconds_n_pass, seconds_one_pass: of a single run each, without warming up: no benchmark.
+        loss_n_pass: mean over targets.
+        loss_one_pass: mean over targets, as the model itself returns it.
+        loss_difference: largest difference of a single target's loss.
+        gradient_difference: largest over all trainable parameters; None if not asked for.
+    """
+
+    conversations: tuple[int, ...]
     passes: int
     targets: int
     tokens_n_pass: int
     tokens_one_pass: int
     seconds_n_pass: float
     seconds_one_pass: float
-    loss_n_pass: float  # mean over targets
-    loss_one_pass: float  # mean over targets, as the model itself returns it
-    loss_difference: float  # largest per-token difference
-    gradient_difference: float | None  # largest over all trainable parameters; None if not asked for
+    loss_n_pass: float
+    loss_one_pass: float
+    loss_difference: float
+    gradient_difference: float | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found. True if every difference is within the tolerance."""
+    """What `verify` found. True if every difference is within the tolerance. `str()` of it is a table.
+
+    Attributes:
+        comparisons: one per conversation, and one of the two smallest conversations packed into one row.
+        dtype: the coarsest in the computation, which decides the tolerance.
+        device: where both were run.
+        reference: the library's attention that the N passes went through.
+    """
 
     comparisons: list[Comparison]
     dtype: torch.dtype
+    device: torch.device
     reference: str
 
     @property
@@ -81,19 +101,20 @@ class Report:
             "conversation  passes  targets  tokens N-pass  one-pass  ratio   loss N-pass  one-pass"
             "   max loss diff  max grad diff  time N-pass / one-pass"
         ]
-        for i, c in enumerate(self.comparisons):
+        for c in self.comparisons:
             gradient = "-" if c.gradient_difference is None else f"{c.gradient_difference:.1e}"
             lines.append(
-                f"{i:>12}  {c.passes:>6}  {c.targets:>7}  {c.tokens_n_pass:>13}  {c.tokens_one_pass:>8}"
+                f"{' + '.join(map(str, c.conversations)):>12}"
+                f"  {c.passes:>6}  {c.targets:>7}  {c.tokens_n_pass:>13}  {c.tokens_one_pass:>8}"
                 f"  {c.tokens_n_pass / c.tokens_one_pass:>4.2f}x  {c.loss_n_pass:>12.6f}  {c.loss_one_pass:>8.6f}"
                 f"  {c.loss_difference:>14.1e}  {gradient:>13}  {c.seconds_n_pass:.2f} s / {c.seconds_one_pass:.2f} s"
             )
         loss_tolerance, gradient_tolerance = TOLERANCE[self.dtype]
         verdict = "the same losses" if self else "DIFFERENT LOSSES"
         lines.append(
-            f"{verdict}: one-pass against N-pass ({self.reference}, {str(self.dtype).removeprefix('torch.')}), "
-            f"differences relative to the largest, tolerance {loss_tolerance:.0e} for losses, {gradient_tolerance:.0e} "
-            "for gradients"
+            f"{verdict}: one-pass against N-pass ({self.reference}, {str(self.dtype).removeprefix('torch.')} on "
+            f"{self.device}), differences relative to the largest, tolerance {loss_tolerance:.0e} for losses, "
+            f"{gradient_tolerance:.0e} for gradients; times are of one run each"
         )
         return "\n".join(lines)
 
@@ -110,7 +131,7 @@ def verify(
 
     Args:
         model: a causal LM, on any device, loaded with any attention; also a PEFT model around one. It is run in eval
-            mode (dropout would differ) and left as it was.
+            mode (dropout would differ), outside autocast and without a router's load-balancing loss, and left as it was.
         tokenizer: its tokenizer.
         conversations: dicts with `messages` (and `tools`), or lists of messages.
         gradients: compare the gradients of all trainable parameters too; this needs memory for three sets of them.
@@ -119,7 +140,7 @@ def verify(
     Raises:
         NotImplementedError: the architecture is not supported; the text names the reason.
         ConversationError: a conversation cannot be rendered.
-        ValueError: no conversations.
+        ValueError: no conversations; a dtype for which no tolerance is known.
     """
     if not conversations:
         raise ValueError("verify: got no conversations, expected at least one")
@@ -128,31 +149,33 @@ def verify(
         raise TypeError(f"verify: got a {type(model).__name__}, expected a Hugging Face model")
     check_config(inner.config)
     collator = OnePassCollator(tokenizer)
-    reference = "sdpa" if inner._supports_sdpa and not _has_softcap(inner.config) else "eager"
-    comparisons = []
-    with _as_found(model, inner):
-        for conversation in conversations:
-            messages, options = conversation, dict(template_options)
-            if isinstance(conversation, Mapping):
-                messages = conversation["messages"]
-                options |= {"tools": conversation["tools"]} if conversation.get("tools") else {}
-            passes = render_passes(messages, tokenizer, **options)
-            tree = TokenTree.from_passes(passes)
+    passes = [render_conversation(conversation, tokenizer, **template_options) for conversation in conversations]
+    trees = [TokenTree.from_passes(p) for p in passes]
+    units = [(i,) for i in range(len(trees))]
+    if len(trees) > 1:  # what packing does must be right too
+        units.append(tuple(sorted(sorted(range(len(trees)), key=lambda i: len(trees[i]))[:2])))
 
+    reference = "sdpa" if inner._supports_sdpa and not _has_softcap(inner.config) else "eager"
+    device = next(model.parameters()).device
+    comparisons = []
+    with _as_found(model, inner), torch.autocast(device.type, enabled=False):
+        for unit in units:
+            tree = TokenTree.concat([trees[i] for i in unit])
             inner.set_attn_implementation(NAME)
             start = time.perf_counter()
-            one_pass, mean = _one_pass_losses(model, collator.batch(tree), gradients)
+            one_pass, mean, logits_dtype = _one_pass_losses(model, collator.batch(tree), gradients)
             one_gradients = _take_gradients(model) if gradients else {}
             middle = time.perf_counter()
             inner.set_attn_implementation(reference)
-            n_pass = [_plain_losses(model, p, gradients) for p in passes]
+            n_pass = [_plain_losses(model, p, gradients) for i in unit for p in passes[i]]
             n_gradients = _take_gradients(model) if gradients else {}
             end = time.perf_counter()
 
             expected = torch.cat(n_pass)
             comparisons.append(
                 Comparison(
-                    passes=len(passes),
+                    conversations=unit,
+                    passes=tree.num_passes,
                     targets=tree.num_targets,
                     tokens_n_pass=int(tree.pass_lengths.sum()),
                     tokens_one_pass=len(tree),
@@ -166,23 +189,23 @@ def verify(
                     else None,
                 )
             )
-    return Report(comparisons, next(inner.parameters()).dtype, reference)
+    return Report(comparisons, _coarsest_dtype(model, logits_dtype), device, reference)
 
 
-def _one_pass_losses(model, batch: dict[str, Tensor], backward: bool) -> tuple[Tensor, float]:
-    """Losses of the targets, (M,), and the mean that the model itself returns."""
-    batch = {name: tensor.to(_device(model)) for name, tensor in batch.items()}
+def _one_pass_losses(model, batch: dict[str, Tensor], backward: bool) -> tuple[Tensor, float, torch.dtype]:
+    """Losses of the targets, (M,); the mean that the model itself returns; the dtype of its logits."""
+    batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
     with torch.set_grad_enabled(backward):
         output = model(**batch, use_cache=False)
         losses = cross_entropy(_wide(output.logits[0]), batch["shift_labels"][0], reduction="none")
         if backward:
             losses.sum().backward()
-    return losses.detach(), output.loss.item()
+    return losses.detach(), output.loss.item(), output.logits.dtype
 
 
 def _plain_losses(model, p: Pass, backward: bool) -> Tensor:
     """Losses of the supervised tokens of one pass, run as a sequence of its own."""
-    ids = torch.from_numpy(np.asarray(p.input_ids))[None].to(_device(model))
+    ids = torch.from_numpy(np.asarray(p.input_ids))[None].to(next(model.parameters()).device)
     supervised = torch.from_numpy(np.flatnonzero(p.loss_mask)).to(ids.device)
     with torch.set_grad_enabled(backward):
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
@@ -194,16 +217,22 @@ def _plain_losses(model, p: Pass, backward: bool) -> Tensor:
 
 @contextmanager
 def _as_found(model, inner):
-    """Eval mode and no gradients inside; mode, gradients and attention as they were afterwards."""
-    attention, training = inner.config._attn_implementation, model.training
+    """Eval mode, no gradients and no router loss inside; everything as it was afterwards."""
+    attention, router = inner.config._attn_implementation, getattr(inner.config, "output_router_logits", None)
+    training = {module: module.training for module in model.modules()}
     kept = {name: p.grad for name, p in model.named_parameters()}
     model.eval()
     model.zero_grad(set_to_none=True)
+    if router:
+        inner.config.output_router_logits = False
     try:
         yield
     finally:
+        if router:
+            inner.config.output_router_logits = True
         inner.set_attn_implementation(attention)
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
         for name, p in model.named_parameters():
             p.grad = kept[name]
 
@@ -212,6 +241,14 @@ def _take_gradients(model) -> dict[str, Tensor]:
     taken = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return taken
+
+
+def _coarsest_dtype(model, logits_dtype: torch.dtype) -> torch.dtype:
+    dtypes = {logits_dtype} | {p.dtype for p in model.parameters() if p.is_floating_point()}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    if coarsest not in TOLERANCE:
+        raise ValueError(f"the model has {coarsest} weights, and no tolerance is known but for {list(TOLERANCE)}")
+    return coarsest
 
 
 def _relative(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -228,10 +265,6 @@ def _largest(values: Iterable[float]) -> float:
 
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _device(model) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _has_softcap(config) -> bool:

@@ -180,20 +180,18 @@ def test_flex_forward_on_cpu():
             close(found, expected, 1e-5)
 
 
-def test_flex_raises_past_the_recompile_limit_and_never_runs_dense():
+def test_flex_raises_past_the_recompile_limit_and_never_runs_dense(monkeypatch):
     """The bug guarded: past dynamo's limit a compiled flex_attention silently materialised the L×L scores."""
     from flexmask.backends import flex
 
     torch._dynamo.reset()
-    flex._compiled.cache_clear()
+    monkeypatch.setattr(flex, "RECOMPILE_LIMIT", 1)
     dtypes = (torch.float32, torch.bfloat16)  # a new dtype needs a compilation of its own
-    limited = torch._dynamo.config.patch(recompile_limit=1)
-    with limited, torch.no_grad(), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         for dtype in dtypes:
             q, k, v, _, ends, *_ = detached(problem(5, 128, dim=16, value_dim=16, dtype=dtype))
             tree_attention(q, k, v, ends, backend="flex")
     torch._dynamo.reset()
-    flex._compiled.cache_clear()
 
 
 def test_flex_refuses_what_it_cannot_do():
@@ -207,23 +205,124 @@ def test_flex_refuses_what_it_cannot_do():
         tree_attention(q, k, v, ends, sinks=s, backend="flex")
 
 
-def test_auto_falls_back_once_with_the_reason_and_the_same_result(monkeypatch, caplog):
-    """Fault injected: the preferred backend cannot be compiled."""
+@pytest.fixture
+def preferred(monkeypatch):
+    """Puts a function in the place of "flex", first in the order of "auto"; returns the list of its calls."""
+
+    def prefer(function):
+        calls = []
+
+        def backend(*args, **kwargs):
+            calls.append(args[0].requires_grad)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(flexmask.attention, "_broken", {})
+        monkeypatch.setattr(flexmask.attention, "_probed", set())
+        monkeypatch.setitem(flexmask.attention.BACKENDS, "flex", backend)
+        monkeypatch.setattr(flexmask.attention, "_ELSEWHERE", flexmask.attention._ON_CUDA)
+        return calls
+
+    return prefer
+
+
+def not_compilable(*args, **kwargs):
+    raise torch._dynamo.exc.Unsupported("no compiler")
+
+
+class FaultyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out):
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        not_compilable()
+
+
+def backward_not_compilable(*args, **kwargs):
+    return FaultyBackward.apply(blockwise.attention(*args, **kwargs))
+
+
+@pytest.mark.parametrize("fault", [not_compilable, backward_not_compilable])
+def test_auto_falls_back_once_with_the_reason_and_the_same_result(fault, preferred, caplog):
+    """Fault injected: the preferred backend cannot be compiled, at all or only in its backward."""
     q, k, v, _, ends, _, visible = problem(6, 64)
-    calls = []
-
-    def broken(*args, **kwargs):
-        calls.append(1)
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(flexmask.attention, "_broken", {})
-    monkeypatch.setitem(flexmask.attention.BACKENDS, "flex", broken)
-    monkeypatch.setattr(flexmask.attention, "_ELSEWHERE", flexmask.attention._ON_CUDA)
+    calls = preferred(fault)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            close(tree_attention(q, k, v, ends), dense_attention(q, k, v, visible), 1e-12)
+            found, expected = tree_attention(q, k, v, ends), dense_attention(q, k, v, visible)
+            close(found, expected, 1e-12)
+            for a, b in zip(gradients(found, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
+                close(a, b, 1e-11)
     assert len(calls) == 1 and len(caplog.records) == 1
     assert "no compiler" in caplog.text and "'flex' failed" in caplog.text
+
+
+def test_auto_probes_the_backward_once_per_kind_of_call(preferred):
+    calls = preferred(blockwise.attention)
+    q, k, v, _, ends, *_ = problem(6, 64)
+    for softcap in (None, None, 2.0):
+        tree_attention(q, k, v, ends, softcap=softcap).sum().backward()
+    assert len(calls) == 5, "three calls, and a probe for each of the two kinds"
+    with torch.no_grad():
+        tree_attention(q, k, v, ends, softcap=3.0)
+    assert len(calls) == 6
+    grad = q.grad.clone()
+    tree_attention(q, k, v, ends, softcap=4.0)
+    assert torch.equal(q.grad, grad), "a probe leaves no gradient behind"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_probing_inside_gradient_checkpointing(preferred, reentrant):
+    q, k, v, _, ends, *_ = problem(6, 64)
+    expected = gradients(tree_attention(q, k, v, ends), (q, k, v))
+    calls = preferred(blockwise.attention)
+    out = torch.utils.checkpoint.checkpoint(
+        lambda *qkv: tree_attention(*qkv, ends) * 1.0, q, k, v, use_reentrant=reentrant
+    )
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (out * weight).sum().backward()
+    for x, gradient in zip((q, k, v), expected, strict=True):
+        close(x.grad, gradient, 1e-12)
+    assert len(calls) == 3, "forward, recomputation, and one probe"
+
+
+def test_auto_goes_on_with_a_backend_that_cannot_do_one_call(preferred):
+    """The bug guarded: one call in float64 banned FlexAttention for the rest of the process."""
+    calls = preferred(flexmask.attention.flex.attention)
+    q, k, v, _, ends, _, visible = problem(6, 64)
+    for _ in range(2):
+        close(tree_attention(q, k, v, ends), dense_attention(q, k, v, visible), 1e-12)
+    assert len(calls) == 2 and not flexmask.attention._broken
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("of memory"), RuntimeError("device-side assert")])
+def test_auto_does_not_hide_other_errors(preferred, error):
+    def fails(*args, **kwargs):
+        raise error
+
+    preferred(fails)
+    q, k, v, _, ends, *_ = problem(6, 64)
+    with pytest.raises(type(error), match=str(error)):
+        tree_attention(q, k, v, ends)
+    assert not flexmask.attention._broken
+
+
+def test_flex_compiles_more_variants_than_dynamos_limit_and_lengths_cost_none():
+    """The bug guarded: a second soft-cap became symbolic, which the CPU kernel refused; and dynamo's limit is 8."""
+    from flexmask.backends import flex
+
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        for softcap in (None, 2.0, 3.0):
+            for length in (128, 256, 384):
+                q, k, v, _, ends, *_ = detached(problem(5, length, dim=16, value_dim=16, dtype=torch.float32))
+                tree_attention(q, k, v, ends, softcap=softcap, backend="flex")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flex, "RECOMPILE_LIMIT", 1)
+            q, k, v, _, ends, *_ = detached(problem(5, 640, dim=16, value_dim=16, dtype=torch.float32))
+            tree_attention(q, k, v, ends, softcap=3.0, backend="flex")  # would raise if it had to be compiled
+    torch._dynamo.reset()
 
 
 def test_autocast_casts_as_pytorchs_attention_does():

@@ -1,3 +1,4 @@
+import gc
 import time
 import weakref
 
@@ -187,3 +188,17 @@ def test_lists_are_made_once_per_forward_and_again_when_the_tensor_changes():
     assert once_per_forward(build, ends, position_ids=positions.clone(), sliding_window=4) != first
     ends.fill_(2)
     assert once_per_forward(build, ends, position_ids=positions, sliding_window=4) == 4
+
+
+def test_a_row_that_is_no_longer_used_is_freed_at_once():
+    """The bug guarded: the block mask kept the tensor that kept it, so a step's lists lived until a garbage collection."""
+    ends = torch.full((1, 300), 300, dtype=torch.int32)
+    mask = tree_block_mask(ends)
+    assert tree_block_mask(ends).kv_indices is mask.kv_indices, "made once"
+    freed = weakref.ref(ends), weakref.ref(mask.kv_indices)
+    gc.disable()
+    try:
+        del ends, mask
+        assert [reference() for reference in freed] == [None, None]
+    finally:
+        gc.enable()

@@ -1,5 +1,6 @@
 """attn_implementation="flexmask" in the library's own machinery: loading, padding, caches, compiling, the Trainer."""
 
+import importlib
 import json
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from models import reference_attention, tiny
 from reference import conversation_passes
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
+import flexmask
 from flexmask import OnePassCollator, TokenTree, pack
 from flexmask.integrations.transformers import DeferredMask
 
@@ -74,7 +76,7 @@ def test_packed_sequences_without_subtree_end_are_the_librarys_packed_sequences(
 
 def test_a_tree_batch_makes_no_dense_mask(monkeypatch):
     """The bug guarded: tree positions look like packed documents to the library, which then builds an L×L mask."""
-    monkeypatch.setattr(DeferredMask, "make", lambda self: pytest.fail("a dense mask was made"))
+    monkeypatch.setattr(DeferredMask, "dense", property(lambda self: pytest.fail("a dense mask was made")))
     for family in ("Qwen3", "Gemma3"):
         tiny(family)(**batch_of(3, 2))
 
@@ -102,14 +104,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
         torch.testing.assert_close(p.grad, expected[name], msg=name)
 
 
-def test_compiled_model_has_no_graph_break_and_the_same_gradients():
-    model, batch = tiny("Qwen3"), batch_of(3, 2)
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma3", "GptOss"])
+def test_compiled_model_has_no_graph_break_and_the_same_gradients(family):
+    model, batch = tiny(family), batch_of(3, 2)
     expected = model(**batch, use_cache=False).loss
     expected.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    whole = family != "GptOss"  # the library's experts break the graph themselves
+    compiled = torch.compile(model, fullgraph=whole, backend="aot_eager")
     loss = compiled(**batch, use_cache=False).loss
     loss.backward()
     torch.testing.assert_close(loss, expected)
@@ -136,12 +140,33 @@ def test_what_a_tree_cannot_be_combined_with():
         model(**batch, past_key_values=past)
 
 
-def test_a_tree_batch_for_a_model_with_the_librarys_attention_is_refused():
-    """The bug guarded: sdpa ignores subtree_end, and trains the row as one long sequence."""
-    model = tiny("Qwen3")
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r'got a tree batch, but the model has attn_implementation="sdpa"'):
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma2", "GptOss"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "registered_later"])
+def test_a_tree_batch_for_another_attention_is_refused(family, attention):
+    """The bug guarded: it ignores subtree_end, and trains the row as one long sequence."""
+    if attention == "sdpa" and reference_attention(family) != "sdpa":
+        attention = "eager"
+    AttentionInterface.register("registered_later", lambda *args, **kwargs: pytest.fail("ran"))
+    model = tiny(family)
+    model.set_attn_implementation(attention)
+    with pytest.raises(ValueError, match=rf'got a tree batch, but the model has attn_implementation="{attention}"'):
         model(**batch_of(2))
+
+
+def test_importing_again_changes_nothing():
+    before = AttentionInterface.get_interface, PreTrainedModel.get_correct_attn_implementation
+    importlib.reload(flexmask)
+    assert before == (AttentionInterface.get_interface, PreTrainedModel.get_correct_attn_implementation)
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "GptOss"])
+def test_compiled_without_a_tree(family):
+    model = tiny(family)
+    ids = torch.randint(1, 512, (1, 40))
+    expected = model(input_ids=ids, use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected)
 
 
 def test_autocast_with_float32_weights():

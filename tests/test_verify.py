@@ -4,8 +4,10 @@ import pytest
 import torch
 from models import tiny
 from templates import CHAT, TOOL_LOOP, TOOLS, tokenizer
+from transformers import AttentionInterface
 
 import flexmask
+from flexmask import ConversationError
 from flexmask.integrations import transformers as integration
 
 CONVERSATIONS = [{"messages": CHAT}, {"messages": TOOL_LOOP, "tools": TOOLS}]
@@ -19,7 +21,7 @@ def verify(model, conversations=CONVERSATIONS, **options):
 def test_right_model_passes(dtype):
     report = verify(tiny("Qwen3", dtype))
     assert report, str(report)
-    assert report.dtype == dtype and len(report.comparisons) == 2
+    assert report.dtype == dtype and [c.conversations for c in report.comparisons] == [(0,), (1,), (0, 1)]
     first = report.comparisons[0]
     assert first.passes == 3 and first.tokens_one_pass < first.tokens_n_pass
     assert "the same losses" in str(report) and f"{first.tokens_n_pass}" in str(report)
@@ -52,11 +54,18 @@ def without_positions(subtree_end, kwargs):
     return subtree_end, kwargs | {"position_ids": places}  # a window counted in row places
 
 
-@pytest.mark.parametrize("family, change", [("Qwen3", leaking), ("Mistral", without_positions)])
-def test_faults_are_found(monkeypatch, family, change):
-    """Planted faults: branches see each other; a window that counts places in the row."""
-    from transformers import AttentionInterface
+def leaking_into_the_next_tree(subtree_end, kwargs):
+    subtree_end = subtree_end.clone()
+    subtree_end[:, 0] = subtree_end.shape[1]
+    return subtree_end, kwargs
 
+
+@pytest.mark.parametrize(
+    "family, change",
+    [("Qwen3", leaking), ("Mistral", without_positions), ("Qwen3", leaking_into_the_next_tree)],
+)
+def test_faults_are_found(monkeypatch, family, change):
+    """Planted faults: branches see each other; a window that counts places in the row; packed trees see each other."""
     model = tiny(family)
     monkeypatch.setitem(AttentionInterface._global_mapping, "flexmask", broken_attention(change))
     report = verify(model)
@@ -80,6 +89,29 @@ def test_wrong_gradients_are_found(monkeypatch):
     assert verify(tiny("Qwen3"), gradients=False), "without gradients the fault cannot show"
 
 
+def test_mixture_of_experts_with_a_load_balancing_loss():
+    """The bug guarded: the model's own mean had the router's loss in it, and the N passes' had not."""
+    model = tiny("Qwen3Moe", output_router_logits=True)
+    report = verify(model)
+    assert report, str(report)
+    assert model.config.output_router_logits
+
+
+def test_autocast_around_it_changes_nothing():
+    with torch.autocast("cpu", torch.bfloat16):
+        report = verify(tiny("Qwen3"))
+    assert report, str(report)
+    assert report.dtype == torch.float32
+
+
+def test_the_coarsest_dtype_decides():
+    model = tiny("Qwen3", torch.bfloat16)
+    model.lm_head.to(torch.float32)
+    model.model.norm.register_forward_hook(lambda module, args, output: output.float())
+    report = verify(model)
+    assert report and report.dtype == torch.bfloat16
+
+
 def test_nan_fails():
     model = tiny("Qwen3")
     with torch.no_grad():
@@ -89,11 +121,13 @@ def test_nan_fails():
 
 def test_model_is_left_as_it_was():
     model = tiny("Qwen3").train()
+    model.model.layers[1].eval()  # frozen, say
     model.set_attn_implementation("sdpa")
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     before = {name: p.clone() for name, p in model.named_parameters()}
     verify(model)
-    assert model.training and model.config._attn_implementation == "sdpa"
+    assert model.training and model.model.layers[0].mlp.training and not model.model.layers[1].mlp.training
+    assert model.config._attn_implementation == "sdpa"
     assert (model.lm_head.weight.grad == 1).all() and model.model.norm.weight.grad is None
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -108,6 +142,8 @@ def test_peft_model():
 
 
 def test_no_conversations_and_no_model():
+    with pytest.raises(ConversationError, match=r"\['conversations'\], expected messages.*ShareGPT"):
+        verify(tiny("Qwen3"), [{"conversations": [{"from": "human", "value": "Hi"}]}])
     with pytest.raises(ValueError, match="no conversations"):
         verify(tiny("Qwen3"), [])
     with pytest.raises(TypeError, match="expected a Hugging Face model"):

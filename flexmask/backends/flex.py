@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from ..mask import once_per_forward, score_mod, tree_block_mask
+from ..mask import score_mod, tree_block_mask
 
 
 def attention(
@@ -27,7 +27,7 @@ def attention(
 
     Raises:
         NotImplementedError: float64; gradients or sinks outside CUDA.
-        torch._dynamo.exc.FailOnRecompileLimitHit: too many different shapes (never a silent dense run).
+        torch._dynamo.exc.FailOnRecompileLimitHit: too many variants compiled (never a silent dense run).
     """
     cpu = query.device.type != "cuda"
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
@@ -44,9 +44,7 @@ def attention(
         key,
         value,
         score_mod=score_mod(softcap=softcap),
-        block_mask=once_per_forward(
-            tree_block_mask, subtree_end, position_ids=position_ids, sliding_window=sliding_window
-        ),
+        block_mask=tree_block_mask(subtree_end, position_ids=position_ids, sliding_window=sliding_window),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -59,12 +57,22 @@ def attention(
 
 def _flex_attention():
     # A model that is being compiled takes the operator as it is.
-    return flex_attention if torch.compiler.is_compiling() else _compiled()
+    return flex_attention if torch.compiler.is_compiling() else _compiled
+
+
+# One model needs many variants: with and without gradients, float32 and 16 bits, full and sliding layers, the first
+# length and the symbolic one. Dynamo's own limit is 8.
+RECOMPILE_LIMIT = 64
+
+
+def _compiled(*args, **kwargs):
+    # specialize_float: the soft-cap is compiled in. A second value would become symbolic, which CPU kernels do not take.
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, specialize_float=True):
+        return _compile()(*args, **kwargs)
 
 
 @functools.cache
-def _compiled():
-    # The first length is compiled as it is, the second makes the length symbolic, later ones cost nothing. (With
-    # dynamic=True the soft-cap would become symbolic too, which CPU kernels do not take.) fullgraph: past dynamo's
-    # recompile limit this raises; without it FlexAttention would silently run uncompiled and materialise L x L scores.
+def _compile():
+    # The first length is compiled as it is, the second makes the length symbolic, later ones cost nothing. fullgraph:
+    # past the limit this raises; without it FlexAttention would silently run uncompiled and materialise L x L scores.
     return torch.compile(flex_attention, fullgraph=True)

@@ -45,13 +45,10 @@ class DeferredMask:
 
     def __init__(self, arguments: dict):
         self.arguments = arguments
-        self.made: Tensor | None = None
-        self.is_made = False
 
-    def make(self) -> Tensor | None:
-        if not self.is_made:
-            self.made, self.is_made = sdpa_mask(**self.arguments), True
-        return self.made
+    @functools.cached_property
+    def dense(self) -> Tensor | None:
+        return sdpa_mask(**self.arguments)
 
     def window(self) -> int | None:
         """The sliding window, None for a plain causal mask. Layers need not be told of it otherwise.
@@ -90,7 +87,7 @@ def _attention_function(
     **kwargs,
 ) -> tuple[Tensor, None]:
     if subtree_end is None:
-        mask = attention_mask.make() if isinstance(attention_mask, DeferredMask) else attention_mask
+        mask = attention_mask.dense if isinstance(attention_mask, DeferredMask) else attention_mask
         return _plain_attention(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
     window = _check_layer(module, attention_mask, dropout, subtree_end, kwargs)
@@ -112,8 +109,9 @@ def _plain_attention(module, query, key, value, mask: Tensor | None, **kwargs):
     if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     # PyTorch's attention has neither soft-cap nor sinks; the model's own eager function has, and adds float masks.
-    if mask is None and query.shape[2] > 1:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None and queries > 1:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
     eager = sys.modules[type(module).__module__].eager_attention_forward
@@ -232,28 +230,39 @@ def _refusal(
     return None
 
 
+@functools.cache  # once, however often it is called
 def register() -> None:
-    """Make `attn_implementation="flexmask"` known to transformers."""
-    for name, function in ALL_ATTENTION_FUNCTIONS.items():
-        AttentionInterface.register(name, _without_trees(name, function))
+    """Make `attn_implementation="flexmask"` known to transformers, and two of its lookups stricter, process-wide.
+
+    A model that is loaded with it is checked (`get_correct_attn_implementation`), and every other attention refuses a
+    tree batch (`AttentionInterface.get_interface`), which it would take for one long sequence.
+    """
     AttentionInterface.register(NAME, _attention_function)
     AttentionMaskInterface.register(NAME, _mask_function)
     _check_when_loading()
+    _refuse_trees_elsewhere()
 
 
-def _without_trees(name: str, function):
-    """The library's own attention, which would ignore `subtree_end` and train one long sequence, refusing it."""
+def _refuse_trees_elsewhere() -> None:
+    library_lookup = AttentionInterface.get_interface
 
-    @functools.wraps(function)
-    def attention(*args, **kwargs):
-        if kwargs.get("subtree_end") is not None:
-            raise ValueError(
-                f'got a tree batch, but the model has attn_implementation="{name}", which cannot read subtree_end; '
-                f'load it with attn_implementation="{NAME}", or call model.set_attn_implementation("{NAME}")'
-            )
-        return function(*args, **kwargs)
+    @functools.wraps(library_lookup)
+    def get_interface(self, attn_implementation, default):
+        function = library_lookup(self, attn_implementation, default)
+        return function if attn_implementation == NAME else functools.partial(_without_tree, function)
 
-    return attention
+    AttentionInterface.get_interface = get_interface
+
+
+def _without_tree(function, module, *args, subtree_end: Tensor | None = None, **kwargs):
+    """Another attention function than ours, on a batch that is no tree."""
+    if subtree_end is not None:
+        raise ValueError(
+            f'got a tree batch, but the model has attn_implementation="{module.config._attn_implementation}", which '
+            f'cannot read subtree_end; load it with attn_implementation="{NAME}", or call '
+            f'model.set_attn_implementation("{NAME}")'
+        )
+    return function(module, *args, **kwargs)
 
 
 def _check_when_loading() -> None:

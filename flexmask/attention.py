@@ -115,7 +115,9 @@ def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) 
 
 def _is_compilation_error(error: Exception) -> bool:
     """Of dynamo, inductor or Triton: also a kernel that needs more shared memory than the device has."""
-    return any(cls.__module__.startswith(("torch._dynamo.", "torch._inductor.", "triton.")) for cls in type(error).__mro__)
+    return any(
+        cls.__module__.startswith(("torch._dynamo.", "torch._inductor.", "triton.")) for cls in type(error).__mro__
+    )
 
 
 def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

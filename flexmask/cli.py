@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
 
 from .passes import ConversationError
 
@@ -28,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return commands[argv[0]](argv[1:])
-    except (ConversationError, NotImplementedError, OSError, FloatingPointError) as error:
+    except (ArgumentError, ConversationError, NotImplementedError, OSError, FloatingPointError) as error:
         print(f"flexmask {argv[0]}: {error}", file=sys.stderr)
         return 2
     except MismatchError as error:
@@ -36,38 +40,91 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _train(argv: list[str]) -> int:
-    from .train import parse_arguments, train
-
-    train(*parse_arguments(argv))
-    return 0
+class ArgumentError(ValueError):
+    """A flag, or an entry of a configuration file, that cannot be used."""
 
 
-def _parse(command: str, description: str, classes: tuple[type, ...], positional: str, argv: list[str]):
+def _parse(classes: tuple[type, ...], argv: list[str], *, positional: str | None = None, **options) -> list:
+    """Flags -> an instance of each dataclass, then the positional argument. Without one, flags go over a --config file."""
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(classes, prog=f"flexmask {command}", description=description)
-    parser.add_argument(positional, help=".json, .jsonl or .parquet file of conversations, or a hub name")
-    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    parser = HfArgumentParser(classes, allow_abbrev=False, **options)
+    if positional:
+        parser.add_argument(positional, help=".json, .jsonl or .parquet file of conversations, or a hub name")
+    else:
+        parser.add_argument("--config", help="A YAML file with these arguments; flags override it.")
+        argv = [*_config_flags(argv), *argv]
+    parser.error = _refuse  # one line instead of the whole usage
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+        if rest:
+            raise ValueError(f"unknown arguments {' '.join(rest)}; --help lists what there is")
+    except ValueError as error:  # of the dataclasses too
+        raise ArgumentError(error) from error
+    return [*parsed[: len(classes)], *(vars(parsed[-1]).values() if positional else ())]
+
+
+def _refuse(message: str):
+    raise ArgumentError(f"{message}; --help lists what there is")
+
+
+def _config_flags(argv: list[str]) -> list[str]:
+    """The entries of the file given with --config, as flags."""
+    import argparse
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    path = parser.parse_known_args(argv)[0].config
+    if path is None:
+        return []
+    try:
+        entries = yaml.safe_load(Path(path).read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, dict):
+        raise ArgumentError(f"{path}: expected `name: value` lines, got {type(entries).__name__}")
+    flags = []
+    for name, value in entries.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+def _train(argv: list[str]) -> int:
+    from .train import DataArguments, ModelArguments, OnePassTrainingArguments, TemplateArguments, train
+
+    classes = (ModelArguments, DataArguments, TemplateArguments, OnePassTrainingArguments)
+    description = "Fine-tune a model on conversations. Below ours, the arguments of the Hugging Face Trainer."
+    train(*_parse(classes, argv, prog="flexmask train", description=description))
+    return 0
 
 
 @dataclass
 class VerifyArguments:
     max_samples: int = field(default=4, metadata={"help": "Compare the first conversations."})
-    gradients: bool = field(default=True, metadata={"help": "Compare gradients too, not losses only."})
+    gradients: bool = field(default=True, metadata={"help": "false: compare losses only."})
 
 
 def _verify(argv: list[str]) -> int:
+    import torch
+
     from .data import load_conversations
     from .train import ModelArguments, TemplateArguments, load_model
     from .verify import verify
 
-    description = "Compare one-pass with N-pass losses and gradients."
     classes = (VerifyArguments, ModelArguments, TemplateArguments)
-    args, model_args, template_args, rest = _parse("verify", description, classes, "dataset_name", argv)
-    conversations = load_conversations(rest.dataset_name)[: args.max_samples]
+    description = "Compare one-pass with N-pass losses and gradients."
+    args, model_args, template_args, name = _parse(
+        classes, argv, positional="dataset_name", prog="flexmask verify", description=description
+    )
+    conversations = load_conversations(name)[: args.max_samples]
     model, tokenizer = load_model(model_args, conversations)
-    report = verify(model, tokenizer, conversations, gradients=args.gradients, **template_args.options())
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    report = verify(model.to(device), tokenizer, conversations, gradients=args.gradients, **template_args.options())
     print(report)
     return 0 if report else 1
 
@@ -75,28 +132,24 @@ def _verify(argv: list[str]) -> int:
 @dataclass
 class InspectArguments:
     tokenizer: str = field(metadata={"help": "Hub name or folder of the tokenizer."})
-    index: int = field(default=0, metadata={"help": "Which conversation of the file."})
+    index: int = field(default=0, metadata={"help": "Which conversation of the file, counted from zero."})
     output: str = field(default="mask.png", metadata={"help": "Where to draw the mask."})
 
 
 def _inspect(argv: list[str]) -> int:
-    from transformers import AutoTokenizer
-
     from .data import load_conversations
     from .inspect import draw_mask, inspect_passes
-    from .passes import render_passes
-    from .train import TemplateArguments
+    from .passes import render_conversation
+    from .train import TemplateArguments, load_tokenizer
 
     description = "Show what a conversation becomes, and draw its mask."
-    args, template_args, rest = _parse("inspect", description, (InspectArguments, TemplateArguments), "file", argv)
-    conversations = load_conversations(rest.file)
-    if not 0 <= args.index < len(conversations):
-        raise ConversationError(f"--index is {args.index}, but {rest.file} has {len(conversations)} conversations")
-    conversation = conversations[args.index]
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    passes = render_passes(
-        conversation["messages"], tokenizer, tools=conversation.get("tools"), **template_args.options()
+    args, template_args, name = _parse(
+        (InspectArguments, TemplateArguments), argv, positional="file", prog="flexmask inspect", description=description
     )
+    conversations = load_conversations(name)
+    if not 0 <= args.index < len(conversations):
+        raise ConversationError(f"--index is {args.index}, but {name} has {len(conversations)} conversations")
+    passes = render_conversation(conversations[args.index], load_tokenizer(args.tokenizer), **template_args.options())
     inspection = inspect_passes(passes)
     draw_mask(inspection.tree, args.output)
     print(f"{inspection}\nmask picture: {args.output}")

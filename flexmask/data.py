@@ -17,7 +17,7 @@ from functools import partial
 import datasets
 import pyarrow.parquet
 
-from .passes import Conversation, ConversationError, Pass, render_conversation, normalize_messages, without_nulls
+from .passes import Conversation, ConversationError, Pass, normalize_messages, render_conversation, without_nulls
 from .tree import TokenTree
 
 SHAREGPT_ROLES = {

@@ -211,8 +211,8 @@ def tree_block_mask(
 ) -> BlockMask:
     """A torch `BlockMask` for the tree mask, with forward and transposed lists, made without `create_block_mask`.
 
-    Arguments as in `block_lists`. The lists are made once for a tensor `subtree_end`; the result lives on the device of `subtree_end`, where it must be used
-    (`BlockMask.to` would not move the tensors its `mask_mod` reads).
+    Arguments as in `block_lists`. The lists are made once for a tensor `subtree_end`. The result lives on its device,
+    where it must be used (`BlockMask.to` would not move the tensors its `mask_mod` reads).
     """
     lists = once_per_forward(
         block_lists, subtree_end, position_ids=position_ids, sliding_window=sliding_window, block_size=block_size

@@ -86,19 +86,19 @@ def render_passes(
 
     Raises:
         ConversationError: the messages are malformed, or the template cannot render one of them; the message is named
-            by its index, counted from zero.
-        ValueError: a reasoning_format without its placeholder, an end_of_turn that is not one token.
+            by its index, counted from zero. Or an option cannot be used: a reasoning_format without its placeholder,
+            an end_of_turn that is not one token.
     """
     messages = normalize_messages(messages)
     if reasoning_format is not None and reasoning_format.count("{reasoning}") != 1:
-        raise ValueError(f"reasoning_format must contain '{{reasoning}}' exactly once, got {reasoning_format!r}")
+        raise ConversationError(f"reasoning_format must contain '{{reasoning}}' exactly once, got {reasoning_format!r}")
     if not (chat_template or tokenizer.chat_template):
         raise ConversationError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; pass chat_template=… (a Jinja template; "
             "--chat_template_path on the command line)"
         )
     if end_of_turn is not None and len(tokenizer(end_of_turn, add_special_tokens=False)["input_ids"]) != 1:
-        raise ValueError(f"end_of_turn is {end_of_turn!r}, which is not one token of the tokenizer")
+        raise ConversationError(f"end_of_turn is {end_of_turn!r}, which is not one token of the tokenizer")
     targets = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
     if not targets:
         raise ConversationError('no assistant message to train (none at all, or all have "train": false)')

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from matplotlib.figure import Figure
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -73,23 +70,30 @@ class DataArguments:
 @dataclass
 class TemplateArguments:
     chat_template_path: str | None = field(default=None, metadata={"help": "A Jinja file to use as chat template."})
-    chat_template_kwargs: str | None = field(default=None, metadata={"help": "JSON: arguments for the chat template."})
+    chat_template_kwargs: str = field(default="{}", metadata={"help": "JSON: arguments for the chat template."})
     reasoning_format: str | None = field(
         default=None, metadata={"help": r"How the model writes reasoning, e.g. '<think>\n{reasoning}\n</think>\n\n'."}
     )
     end_of_turn: str | None = field(default=None, metadata={"help": "Token that ends an answer, if not detected."})
 
+    def __post_init__(self):
+        try:
+            valid = isinstance(json.loads(self.chat_template_kwargs), dict)
+        except json.JSONDecodeError:
+            valid = False
+        if not valid:
+            raise ValueError(f"chat_template_kwargs is {self.chat_template_kwargs!r}, expected a JSON object")
+
     def options(self) -> dict:
         """The same as keywords of `render_passes`."""
         template = Path(self.chat_template_path).read_text() if self.chat_template_path else None
-        kwargs = json.loads(self.chat_template_kwargs or "{}")
         # A shell hands over backslash and n.
         reasoning_format = self.reasoning_format and self.reasoning_format.replace("\\n", "\n")
         return {
             "chat_template": template,
             "reasoning_format": reasoning_format,
             "end_of_turn": self.end_of_turn,
-            **kwargs,
+            **json.loads(self.chat_template_kwargs),
         }
 
 
@@ -115,50 +119,47 @@ class OnePassTrainingArguments(TrainingArguments):
                 "max_tokens tokens; set max_tokens, or gradient_accumulation_steps for a larger batch"
             )
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: it would drop the tree from the batch")
+            raise ValueError("remove_unused_columns must be false (true would drop the tree from the batch)")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, expected 0: the Trainer's smoothing shifts the "
+                "labels by one token, and a target need not be the right neighbour of where it is predicted"
+            )
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.n_gpu} GPUs, and DataParallel cannot split a row; start one process for each: "
+                f"torchrun --nproc_per_node {self.n_gpu} -m flexmask train …, or set CUDA_VISIBLE_DEVICES"
+            )
+
+
+class OnePassTrainer(Trainer):
+    """The Trainer, with an `eval_loss` that is the mean over all targets, as the training loss is.
+
+    The library's own is the mean over rows, which weighs a target less in a row that has many.
+    """
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        self._targets_per_row = sum(row.num_targets for row in dataloader.dataset) / len(dataloader.dataset)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs)
+        loss = outputs.loss * inputs["labels"].numel() / self._targets_per_row
+        return (loss, outputs) if return_outputs else loss
 
 
 class StopOnNonFiniteLoss(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "eval_loss", "grad_norm"):
+        # In float16 the gradient scaler meets an infinite norm now and then, and skips that step.
+        for name in ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm"):
             value = float((logs or {}).get(name, 0.0))
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"{name} is {value} at step {state.global_step}; lower the learning rate, clip the gradients "
                     "(max_grad_norm), or train in float32 or bfloat16"
                 )
-
-
-def parse_arguments(
-    argv: Sequence[str],
-) -> tuple[ModelArguments, DataArguments, TemplateArguments, OnePassTrainingArguments]:
-    """Flags, over the entries of a YAML file given with --config."""
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TemplateArguments, OnePassTrainingArguments),
-        prog="flexmask train",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", help="A YAML file with these arguments; flags override it.")
-    flags = list(argv)
-    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_only.add_argument("--config")
-    config = config_only.parse_known_args(flags)[0].config
-    if config:
-        entries = yaml.safe_load(Path(config).read_text()) or {}
-        if not isinstance(entries, dict):
-            raise ConversationError(f"{config}: expected `name: value` lines, got {type(entries).__name__}")
-        flags = [*_as_flags(entries), *flags]
-    return parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)[:4]
-
-
-def _as_flags(entries: dict) -> list[str]:
-    flags = []
-    for name, value in entries.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}", *map(str, values)]
-    return flags
 
 
 def train(
@@ -180,13 +181,14 @@ def train(
     options = template_args.options()
     if options["chat_template"]:
         tokenizer.chat_template = options["chat_template"]  # saved with the model
-    trees, rows = _rows(conversations, model, tokenizer, data_args, options)
+    tell = print if args.process_index == 0 else lambda *_, **__: None
+    trees, rows = _rows(conversations, model, tokenizer, data_args, options, tell)
     eval_conversations, eval_rows = None, None
     if data_args.eval_dataset_name:
         eval_conversations = _load(data_args.eval_dataset_name, data_args.dataset_test_split, args.seed + 1)
-        _, eval_rows = _rows(eval_conversations, model, tokenizer, data_args, options)
+        _, eval_rows = _rows(eval_conversations, model, tokenizer, data_args, options, tell)
 
-    trainer = Trainer(
+    trainer = OnePassTrainer(
         model,
         args,
         train_dataset=rows,
@@ -195,10 +197,15 @@ def train(
         processing_class=tokenizer,
         callbacks=[StopOnNonFiniteLoss()],
     )
+    if (data_args.verify or data_args.compare) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ConversationError(
+            "a model that FSDP or DeepSpeed spreads over devices cannot be compared with N passes; run `flexmask verify` "
+            "on one device first, then train with --verify false and without --compare"
+        )
     if data_args.verify:
         first = next((c for c in conversations if _answers(c) > 1), conversations[0])
         report = verify(model, tokenizer, [first], **options)
-        print(report, flush=True)
+        tell(f"before training, {data_args.dataset_name}:\n{report}", flush=True)
         if not report:
             raise MismatchError(
                 "the one-pass losses of this model are not those of N passes (table above), so training would "
@@ -214,7 +221,11 @@ def train(
         draw_mask(max(trees[:100], key=lambda tree: tree.num_passes), folder / "mask.png")
         draw_losses(trainer.state.log_history, folder / "loss.png")
         if data_args.compare:
-            print(verify(model, tokenizer, (eval_conversations or conversations)[: data_args.compare], **options))
+            # Accelerate leaves its autocast around the model's forward.
+            trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            name = data_args.eval_dataset_name or data_args.dataset_name
+            sample = (eval_conversations or conversations)[: data_args.compare]
+            print(f"after training, {name}:\n{verify(trained, tokenizer, sample, **options)}")
         print(f"model: {folder}\nmask picture: {folder / 'mask.png'}\nloss curve: {folder / 'loss.png'}")
     return trainer
 
@@ -230,7 +241,7 @@ def load_model(args: ModelArguments, conversations: Sequence[dict]) -> tuple[Pre
         model = demo.tiny_model(tokenizer)
     else:
         options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **options)
+        tokenizer = load_tokenizer(args.model_name_or_path, **options)
         model = AutoModelForCausalLM.from_pretrained(
             args.model_name_or_path, dtype=args.dtype, attn_implementation=NAME, **options
         )
@@ -250,13 +261,25 @@ def load_model(args: ModelArguments, conversations: Sequence[dict]) -> tuple[Pre
     return model, tokenizer
 
 
+def load_tokenizer(name: str, **options) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or the hub; a folder that does not exist is told apart from a hub that is not there."""
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise OSError(f"{name}: there is no such folder, and loading it from the hub failed: {error}") from error
+
+
 def _load(name: str, split: str, seed: int) -> list[dict]:
     if name == GENERATED_DATA:
         return demo.conversations(512 if split == "train" else 64, seed=seed)
     return load_conversations(name, split)
 
 
-def _rows(conversations, model, tokenizer, args: DataArguments, options) -> tuple[list[TokenTree], list[TokenTree]]:
+def _rows(
+    conversations, model, tokenizer, args: DataArguments, options, tell
+) -> tuple[list[TokenTree], list[TokenTree]]:
     longest = args.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prepared = build_trees(
         conversations,
@@ -267,9 +290,11 @@ def _rows(conversations, model, tokenizer, args: DataArguments, options) -> tupl
         num_proc=args.dataset_num_proc,
         **options,
     )
-    print(prepared, flush=True)
+    tell(prepared, flush=True)
     if not prepared.trees:
-        raise ConversationError(f"nothing is left to train on; raise max_length (now {longest})")
+        raise ConversationError(
+            f"nothing is left to train on; raise max_length (now {longest}) or max_tokens (now {args.max_tokens})"
+        )
     largest = max(int(tree.input_ids.max()) for tree in prepared.trees)
     embedded = model.get_input_embeddings().num_embeddings
     if largest >= embedded:
@@ -278,7 +303,7 @@ def _rows(conversations, model, tokenizer, args: DataArguments, options) -> tupl
             "(resize_token_embeddings for added tokens)"
         )
     rows = pack(prepared.trees, args.max_tokens)
-    print(f"{len(rows)} rows of at most {args.max_tokens} tokens", flush=True)
+    tell(f"{len(rows)} rows of at most {args.max_tokens} tokens", flush=True)
     return prepared.trees, rows
 
 
@@ -293,7 +318,7 @@ def draw_losses(log_history: list[dict], path: str | Path) -> None:
         points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
         if points:
             axes.plot(*zip(*points), label=label, marker=".")
+            axes.legend()
     axes.set(xlabel="step", ylabel="loss per target token")
-    axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

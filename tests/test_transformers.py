@@ -28,6 +28,13 @@ def batch_of(*turns, seed=0):
     return OnePassCollator(Vocabulary())(trees)
 
 
+def rows_of_unequal_size():
+    rng = np.random.default_rng(0)
+    rows = [TokenTree.from_passes(conversation_passes(rng, n, 9, 14, 5, 512)) for n in (1, 4, 2, 6)]
+    assert len({row.num_targets for row in rows}) == 4
+    return rows
+
+
 PLAIN_FAMILIES = ["Llama", "Qwen3", "Mistral", "Gemma2", "Gemma3", "GptOss"]
 
 

@@ -1,0 +1,50 @@
+"""What the Trainer makes of rows with unequal numbers of targets: in one process, and in two."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import train_one_step
+from models import tiny
+from test_transformers import Vocabulary, rows_of_unequal_size
+
+from flexmask import OnePassCollator
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    """The mean loss over all targets of three rows, and the weights after a step down its gradient over all four."""
+    rows, collator, model = rows_of_unequal_size(), OnePassCollator(Vocabulary()), tiny("Qwen3")
+    losses = [model(**collator([row])).loss * row.num_targets for row in rows]
+    targets = [row.num_targets for row in rows]
+    (sum(losses) / sum(targets)).backward()
+    stepped = {name: p.detach() - 0.1 * p.grad for name, p in model.named_parameters()}
+    return (sum(losses[:3]) / sum(targets[:3])).item(), stepped
+
+
+def check(result, by_hand):
+    eval_loss, stepped = by_hand
+    assert result["eval_loss"] == pytest.approx(eval_loss, rel=1e-5)
+    for name, expected in stepped.items():
+        torch.testing.assert_close(result["weights"][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_evaluation_and_a_step_are_means_over_targets(tmp_path, by_hand):
+    """The bug guarded: the Trainer's own eval_loss is the mean over rows."""
+    check(train_one_step(str(tmp_path), accumulation=4), by_hand)
+
+
+def test_two_processes_are_as_one(tmp_path, by_hand):
+    here, result = Path(__file__).parent, tmp_path / "result.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    subprocess.run(
+        [*command, str(here / "distributed.py"), str(tmp_path), str(result)],
+        check=True, env=environment, timeout=120, capture_output=True,
+    )  # fmt: skip
+    result = torch.load(result, weights_only=True)
+    assert result["processes"] == 2
+    check(result, by_hand)

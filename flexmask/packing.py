@@ -42,7 +42,11 @@ def pack(trees: Sequence[TokenTree], max_tokens: int) -> list[TokenTree]:
 
 
 def pack_stream(trees: Iterable[TokenTree], max_tokens: int, buffer_size: int = 512) -> Iterator[TokenTree]:
-    """The same for a stream: packs `buffer_size` trees at a time and keeps the emptiest row open for the next ones."""
+    """The same for a stream: packs `buffer_size` trees at a time and keeps the emptiest row open for the next ones.
+
+    As an `IterableDataset` in several processes it needs `accelerator_config={"dispatch_batches": False}` in the
+    TrainingArguments: the library's default joins the batches of all processes into one, and a batch is one row.
+    """
     pending: list[TokenTree] = []
     for tree in trees:
         pending.append(tree)

@@ -49,6 +49,9 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def __repr__(self) -> str:
+        return f"TokenTree({self.num_passes} passes, {len(self)} tokens, {self.num_targets} targets)"
+
     @property
     def num_passes(self) -> int:
         return len(self.pass_lengths)

@@ -12,7 +12,7 @@ from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 
 
 def train_one_step(output_dir: str, accumulation: int) -> dict:
-    """One plain SGD step over all four rows, whatever the number of processes, after evaluating three of them."""
+    """One plain SGD step over all four rows, whatever the number of processes, then an evaluation of three of them."""
     set_seed(0)
     rows = rows_of_unequal_size()
     arguments = OnePassTrainingArguments(
@@ -22,8 +22,8 @@ def train_one_step(output_dir: str, accumulation: int) -> dict:
     trainer = OnePassTrainer(
         tiny("Qwen3"), arguments, train_dataset=rows, eval_dataset=rows[:3], data_collator=OnePassCollator(Vocabulary())
     )
-    eval_loss = trainer.evaluate()["eval_loss"]
     trainer.train()
+    eval_loss = trainer.evaluate()["eval_loss"]
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     return {"eval_loss": eval_loss, "weights": weights, "processes": arguments.world_size}
 

@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from templates import tokenizer as template_tokenizer
 
 from flexmask import ConversationError, Pass, TokenTree, demo, render_passes
 from flexmask.data import build_trees, load_conversations
@@ -352,3 +354,10 @@ def test_a_tree_larger_than_a_row_is_an_error_or_dropped():
     kept = build_trees(made, tokenizer, max_tokens=limit, overlong="drop")
     assert [len(tree) for tree in kept.trees] == [size for size in sizes if size <= limit]
     assert kept.dropped == sum(size > limit for size in sizes) and "LOST" in str(kept)
+
+
+def test_the_lines_in_the_readme_are_conversations(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (tmp_path / "data.jsonl").write_text(readme.split("```json\n")[1].split("```")[0])
+    prepared = build_trees(load_conversations(str(tmp_path / "data.jsonl")), template_tokenizer("qwen3"))
+    assert [tree.num_passes for tree in prepared.trees] == [2, 2]

@@ -38,6 +38,13 @@ def test_packing_loses_nothing_and_respects_the_budget(lengths, max_tokens):
     assert sum(len(row) <= max_tokens / 2 for row in rows) <= 1, "two half-empty rows would have been one"
 
 
+def test_a_stream_keeps_its_order():
+    """The bug guarded: rows came out longest first, so that a step's length told its place in the buffer."""
+    trees = [chain(n, first=i) for i, n in enumerate([30, 60, 95, 20, 100, 40, 99])]
+    firsts = [int(row.input_ids[0]) for row in pack_stream(iter(trees), 100, buffer_size=100)]
+    assert firsts == sorted(firsts)
+
+
 def test_best_fit_fills_exactly_where_it_can():
     trees = [chain(n) for n in (60, 40, 70, 30, 50, 50)]
     rows = pack(trees, 100)

@@ -7,12 +7,12 @@ import logging
 import torch
 from torch import Tensor
 
-from .backends import blockwise, flex
+from .backends import blockwise, flex, triton
 from .mask import check_subtree_end, once_per_forward
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"flex": flex.attention, "blockwise": blockwise.attention}
+BACKENDS = {"flex": flex.attention, "triton": triton.attention, "blockwise": blockwise.attention}
 
 
 def tree_attention(

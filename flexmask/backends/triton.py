@@ -1,0 +1,43 @@
+"""Tree attention through our own Triton kernels (`flexmask_kernels`): CUDA, without torch.compile."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..mask import block_lists, once_per_forward
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    subtree_end: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    position_ids: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """See `flexmask.tree_attention`, which checks the arguments.
+
+    Raises:
+        NotImplementedError: Triton is not installed; or a dtype, head size or device that the kernels do not have.
+    """
+    try:
+        from flexmask_kernels.attention import tree_attention
+    except ModuleNotFoundError as error:
+        raise NotImplementedError(f"backend 'triton' needs Triton ({error}); backend 'blockwise' does not") from error
+    lists = once_per_forward(block_lists, subtree_end, position_ids=position_ids, sliding_window=sliding_window)
+    return tree_attention(
+        query,
+        key,
+        value,
+        subtree_end,
+        [getattr(lists, name) for name in lists.__dataclass_fields__],
+        scale=scale,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        position_ids=position_ids,
+        sinks=sinks,
+    )

@@ -1,0 +1,220 @@
+"""Tree attention on Triton as PyTorch operators: `flexmask::triton_forward`, `flexmask::triton_backward`.
+
+An operator, and not a call, so that a model compiles around it without a graph break, and checkpointing, autocast,
+FSDP and CUDA graphs treat it like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+from .backward import delta_kernel, dkv_kernel, dq_kernel
+from .configs import LIST_BLOCK, Configs, configs
+from .forward import forward_kernel
+from .tiles import LOG2_E
+
+INTERPRETED = triton.knobs.runtime.interpret  # the kernels were decorated for Triton's interpreter
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    subtree_end: Tensor,
+    lists: list[Tensor],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention with `visible(q, k) = k <= q < subtree_end[k]`.
+
+    Args:
+        query: (batch, heads, L, head_dim) float16, bfloat16 or float32; any strides but in the last dimension.
+        key: (batch, kv_heads, L, head_dim). value: (batch, kv_heads, L, value_dim).
+        subtree_end: int32 (batch, L).
+        lists: int32, which blocks of keys a block of queries reads, then the transpose: kv_num (batch, 1, n), kv_indices
+            (batch, 1, n, n), full_kv_num, full_kv_indices, q_num, q_indices, full_q_num, full_q_indices; n =
+            ceil(L / 128).
+        scale: factor of the scores. softcap: scores become softcap * tanh(scores / softcap).
+        sliding_window: a query sees keys fewer than this many positions before it; needs position_ids, integer (batch, L).
+        sinks: (heads,), a score per head that has no value.
+
+    Returns:
+        (batch, heads, L, value_dim), laid out in memory as (batch, L, heads, value_dim).
+
+    Raises:
+        NotImplementedError: a dtype, head size or device that the kernels do not have.
+    """
+    if query.dtype not in DTYPES:
+        raise NotImplementedError(f"the Triton kernels take {', '.join(map(str, DTYPES))}; query is {query.dtype}")
+    for name, size in (("head_dim", query.shape[-1]), ("value_dim", value.shape[-1])):
+        if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM:
+            raise NotImplementedError(
+                f"the Triton kernels take head sizes from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}; {name} is {size}"
+            )
+    if not (query.is_cuda or INTERPRETED):
+        raise NotImplementedError(f"the Triton kernels run on CUDA; query is on {query.device}")
+    if lists[0].shape[-1] != triton.cdiv(query.shape[2], LIST_BLOCK):
+        raise ValueError(f"lists have {lists[0].shape[-1]} blocks, expected blocks of {LIST_BLOCK} tokens")
+    if position_ids is not None:
+        position_ids = position_ids.to(torch.int32).contiguous()
+    return _forward(query, key, value, subtree_end.contiguous(), lists, position_ids, sinks, scale, softcap, sliding_window)[0]
+
+
+@torch.library.custom_op("flexmask::triton_forward", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    subtree_end: Tensor,
+    lists: list[Tensor],
+    position_ids: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> tuple[Tensor, Tensor]:
+    query, key, value = map(_rows_contiguous, (query, key, value))
+    out, lse = _empty_outputs(query, value)
+    config = _configs(query, value).forward
+    mask = subtree_end, subtree_end if position_ids is None else position_ids
+    with _on(query.device):
+        forward_kernel[_grid(query, config.block_m)](
+            query, key, value, out, lse, *mask, lse if sinks is None else sinks, *lists[:4],
+            *_strides(query, key, value, out), *_scalars(query, lists, scale, softcap, sliding_window),
+            SINKS=sinks is not None, **_constants(query, key, value, softcap, sliding_window), **config.options(),
+        )  # fmt: skip
+    return out, lse
+
+
+@torch.library.custom_op("flexmask::triton_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    subtree_end: Tensor,
+    lists: list[Tensor],
+    position_ids: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_out, query, key, value = map(_rows_contiguous, (grad_out, query, key, value))
+    dq, dk, dv, dsinks = _empty_gradients(query, key, value, sinks)
+    delta = torch.empty_like(lse)
+    config = _configs(query, value)
+    constants = _constants(query, key, value, softcap, sliding_window)
+    scalars = _scalars(query, lists, scale, softcap, sliding_window)
+    mask = subtree_end, subtree_end if position_ids is None else position_ids
+    with _on(query.device):
+        delta_kernel[_grid(query, LIST_BLOCK)](
+            out, grad_out, delta, *_strides(out, grad_out), *scalars[:2],
+            VALUE_DIM=constants["VALUE_DIM"], VDIM=constants["VDIM"], BLOCK_M=LIST_BLOCK,
+        )  # fmt: skip
+        dkv_kernel[_grid(key, config.dkv.block_n)](
+            query, key, value, grad_out, lse, delta, dk, dv, *mask, *lists[4:],
+            *_strides(query, key, value, grad_out, dk, dv), *scalars, **constants, **config.dkv.options(),
+        )  # fmt: skip
+        dq_kernel[_grid(query, config.dq.block_m)](
+            query, key, value, grad_out, lse, delta, dq, *mask, *lists[:4],
+            *_strides(query, key, value, grad_out, dq), *scalars, **constants, **config.dq.options(),
+        )  # fmt: skip
+    if sinks is not None:
+        # The value of a sink is zero, so its ds is -p · delta.
+        p = torch.exp2(sinks.float()[:, None] * LOG2_E.value - lse)
+        dsinks.copy_(-(p * delta).sum((0, 2)))
+    return dq, dk, dv, dsinks
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = query.shape
+    out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)  # models want it so
+    return out, query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+def _empty_gradients(query, key, value, sinks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    shapes = ((x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value))
+    return *(query.new_empty(shape).transpose(1, 2) for shape in shapes), dsinks
+
+
+@_forward.register_fake
+def _(query, key, value, subtree_end, lists, position_ids, sinks, scale, softcap, sliding_window):
+    return _empty_outputs(query, value)
+
+
+@_backward.register_fake
+def _(grad_out, query, key, value, out, lse, subtree_end, lists, position_ids, sinks, scale, softcap, sliding_window):
+    return _empty_gradients(query, key, value, sinks)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, subtree_end, lists, position_ids, sinks, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, *output, subtree_end, position_ids, sinks, *lists)
+
+
+def _autograd(ctx, grad_out, _grad_lse):
+    query, key, value, out, lse, subtree_end, position_ids, sinks, *lists = ctx.saved_tensors
+    dq, dk, dv, dsinks = _backward(
+        grad_out, query, key, value, out, lse, subtree_end, lists, position_ids, sinks, *ctx.options
+    )
+    return dq, dk, dv, None, [None] * len(lists), None, None if sinks is None else dsinks, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _configs(query: Tensor, value: Tensor) -> Configs:
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
+    return configs(capability, max(query.shape[-1], value.shape[-1]), query.dtype)
+
+
+def _grid(x: Tensor, block: int) -> tuple[int, int, int]:
+    batch, heads, length, _ = x.shape
+    return triton.cdiv(length, block), heads, batch
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _scalars(query, lists, scale, softcap, sliding_window) -> tuple:
+    return query.shape[1], query.shape[2], lists[0].shape[-1], scale, softcap or 1.0, sliding_window or 0
+
+
+def _constants(query, key, value, softcap, sliding_window) -> dict:
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "DIM": triton.next_power_of_2(head_dim),
+        "VDIM": triton.next_power_of_2(value_dim),
+        "LIST_BLOCK": LIST_BLOCK,
+        "RAGGED": query.shape[2] % LIST_BLOCK != 0,
+        "SOFTCAP": softcap is not None,
+        "WINDOW": sliding_window is not None,
+        "PRECISION": "ieee",  # of float32 products: no TF32
+    }
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,76 @@
+"""Forward of tree attention, one Triton kernel."""
+
+import triton
+import triton.language as tl
+
+from .tiles import LOG2_E, LOWEST, load_tile, log2_scores, store_tile
+
+
+@triton.jit
+def forward_kernel(
+    query, key, value, out, lse, subtree_end, position_ids, sinks,
+    kv_num, kv_indices, full_kv_num, full_kv_indices,
+    query_b, query_h, query_l, key_b, key_h, key_l, value_b, value_h, value_l, out_b, out_h, out_l,  # strides
+    heads, length, blocks, scale, softcap, window,
+    GROUP: tl.constexpr,  # query heads per key/value head
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    DIM: tl.constexpr, VDIM: tl.constexpr,  # the same, rounded up to a power of two
+    LIST_BLOCK: tl.constexpr,  # queries, and keys, of a listed block; BLOCK_M and BLOCK_N divide it
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RAGGED: tl.constexpr,  # length is no multiple of LIST_BLOCK
+    SINKS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o = softmax(s) v and lse = log2 Σ exp s with s = softcap(scale · q kᵀ), online over key blocks.
+
+    (FlashAttention-2, arXiv 2307.08691, algorithm 1.) A program owns BLOCK_M queries of one head and walks the key
+    blocks that its block of queries lists: first the full ones, without any mask code, then the partial ones, with the
+    mask. Empty blocks are in neither list. A sink is a score without a value: it starts the running maximum and sum.
+    """
+    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last queries read most, so they start first
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    key += batch * key_b + head // GROUP * key_h
+    value += batch * value_b + head // GROUP * value_h
+    subtree_end += batch * length
+    position_ids += batch * length
+    places = start_m + tl.arange(0, BLOCK_M)
+    if WINDOW:
+        positions = tl.load(position_ids + places, places < length, 0)
+    q = load_tile(query + batch * query_b + head * query_h, start_m, query_l, length, BLOCK_M, HEAD_DIM, DIM, True)
+
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if SINKS:
+        top = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2_E
+        total += 1.0
+    o = tl.zeros((BLOCK_M, VDIM), tl.float32)
+
+    PARTS: tl.constexpr = LIST_BLOCK // BLOCK_N
+    line = batch * blocks + start_m // LIST_BLOCK
+    for PARTIAL in tl.static_range(2):
+        num, indices = full_kv_num, full_kv_indices
+        if PARTIAL:
+            num, indices = kv_num, kv_indices
+        for i in range(0, tl.load(num + line) * PARTS):
+            start_n = tl.load(indices + line * blocks + i // PARTS) * LIST_BLOCK + i % PARTS * BLOCK_N
+            # A full block lies left of the diagonal, so all its keys exist.
+            k = load_tile(key, start_n, key_l, length, BLOCK_N, HEAD_DIM, DIM, PARTIAL and RAGGED)
+            s, _ = log2_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+            if PARTIAL:
+                keys = start_n + tl.arange(0, BLOCK_N)
+                ends = tl.load(subtree_end + keys, keys < length, 0)
+                visible = (keys[None, :] <= places[:, None]) & (places[:, None] < ends[None, :])
+                if WINDOW:
+                    key_positions = tl.load(position_ids + keys, keys < length, 0)
+                    visible = visible & (positions[:, None] - key_positions[None, :] < window)
+                s = tl.where(visible, s, -float("inf"))
+            new_top = tl.maximum(top, tl.max(s, 1))
+            p = tl.math.exp2(s - new_top[:, None])
+            shrink = tl.math.exp2(top - new_top)
+            v = load_tile(value, start_n, value_l, length, BLOCK_N, VALUE_DIM, VDIM, PARTIAL and RAGGED)
+            o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
+            total = total * shrink + tl.sum(p, 1)
+            top = new_top
+
+    out += batch * out_b + head * out_h
+    store_tile(out, start_m, out_l, length, o / total[:, None], BLOCK_M, VALUE_DIM, VDIM)
+    tl.store(lse + (batch * heads + head) * length + places, top + tl.math.log2(total), places < length)

@@ -1,0 +1,49 @@
+"""What the kernels share: tiles of tokens, and scores with their soft-cap."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Below every score, and finite: a row that has seen nothing yet needs no special case (exp2(-inf - LOWEST) is 0).
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def load_tile(base, start, stride, length, BLOCK: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr):
+    """Tokens start … start + BLOCK of a (length, SIZE) matrix -> (BLOCK, DIM), zeros beyond SIZE and, checked, length."""
+    rows, dims = tl.arange(0, BLOCK), tl.arange(0, DIM)
+    at = base + start.to(tl.int64) * stride + rows[:, None] * stride + dims[None, :]
+    if CHECK:
+        return tl.load(at, (start + rows < length)[:, None] & (dims < SIZE)[None, :], 0.0)
+    if SIZE < DIM:
+        return tl.load(at, (dims < SIZE)[None, :], 0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def store_tile(base, start, stride, length, tile, BLOCK: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr):
+    """The reverse, in the dtype of the matrix."""
+    rows, dims = tl.arange(0, BLOCK), tl.arange(0, DIM)
+    at = base + start.to(tl.int64) * stride + rows[:, None] * stride + dims[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), (start + rows < length)[:, None] & (dims < SIZE)[None, :])
+
+
+@triton.jit
+def tanh(x):
+    """To float32 accuracy. Below 0.6 an odd polynomial (our own minimax fit, relative error 3e-9), because there
+    1 - 2 / (exp(2x) + 1) cancels."""
+    z = x * x
+    small = x + x * z * (
+        -0.33333298001872774
+        + z * (0.13331924119268707 + z * (-0.0537838295731312 + z * (0.02079596905765625 - z * 0.00589515478969123)))
+    )
+    return tl.where(tl.abs(x) < 0.6, small, 1 - 2 / (tl.math.exp2(x * (2 * LOG2_E)) + 1))
+
+
+@triton.jit
+def log2_scores(qk, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in units of log 2, so that their exponential is exp2; and the derivative of the soft-cap (1 without)."""
+    if SOFTCAP:
+        t = tanh(qk * (scale / softcap))
+        return t * (softcap * LOG2_E), 1 - t * t
+    return qk * (scale * LOG2_E), 1.0

@@ -129,7 +129,11 @@ def block_lists(
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """bool (batch, n, m) -> per line how many are set, and their indices first: int32 (batch, 1, n), (batch, 1, n, m)."""
-    indices = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    indices = (
+        tiles.to(torch.int8, memory_format=torch.contiguous_format)
+        .argsort(dim=-1, descending=True, stable=True)
+        .to(torch.int32)
+    )
     return tiles.sum(-1, dtype=torch.int32)[:, None], indices[:, None]
 
 

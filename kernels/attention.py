@@ -65,9 +65,11 @@ def tree_attention(
         raise NotImplementedError(f"the Triton kernels run on CUDA; query is on {query.device}")
     if lists[0].shape[-1] != triton.cdiv(query.shape[2], LIST_BLOCK):
         raise ValueError(f"lists have {lists[0].shape[-1]} blocks, expected blocks of {LIST_BLOCK} tokens")
+    if not all(x.is_contiguous() for x in (subtree_end, *lists)):
+        raise ValueError("subtree_end and lists must be contiguous; call .contiguous() on them")
     if position_ids is not None:
         position_ids = position_ids.to(torch.int32).contiguous()
-    return _forward(query, key, value, subtree_end.contiguous(), lists, position_ids, sinks, scale, softcap, sliding_window)[0]
+    return _forward(query, key, value, subtree_end, lists, position_ids, sinks, scale, softcap, sliding_window)[0]
 
 
 @torch.library.custom_op("flexmask::triton_forward", mutates_args=())

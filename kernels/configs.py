@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 LIST_BLOCK = 128  # queries, and keys, of a listed block
 
 

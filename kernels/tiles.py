@@ -9,7 +9,9 @@ LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def load_tile(base, start, stride, length, BLOCK: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr):
+def load_tile(
+    base, start, stride, length, BLOCK: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr
+):
     """Tokens start … start + BLOCK of a (length, SIZE) matrix -> (BLOCK, DIM), zeros beyond SIZE and, checked, length."""
     rows, dims = tl.arange(0, BLOCK), tl.arange(0, DIM)
     at = base + start.to(tl.int64) * stride + rows[:, None] * stride + dims[None, :]

@@ -33,7 +33,7 @@ def attention(
         query,
         key,
         value,
-        subtree_end,
+        subtree_end.contiguous(),
         [getattr(lists, name) for name in lists.__dataclass_fields__],
         scale=scale,
         softcap=softcap,

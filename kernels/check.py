@@ -1,0 +1,115 @@
+"""Compile every pinned configuration ahead of time, without a GPU, and show what it takes: `make kernels-check`.
+
+Per kernel, chip, dtype and head size: shared memory against what a block may have, registers per thread, bytes spilled
+to local memory, and the tensor-core instruction used. Exit code 1 if one does not fit.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .backward import dkv_kernel, dq_kernel
+from .configs import LIST_BLOCK, TABLE, Config
+from .forward import forward_kernel
+
+KERNELS = {"forward": forward_kernel, "dkv": dkv_kernel, "dq": dq_kernel}
+# Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability"); of the chips that share a row of the table, the smallest.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+TENSOR_CORES = {90: "wgmma", 100: "tcgen05"}  # others use mma.sync
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes of a chip."""
+
+    shared: int  # bytes per block
+    registers: int  # per thread
+    spilled: int  # bytes of stack per thread
+    tensor_cores: str  # the instruction, or "-"
+
+
+def usage(kernel, config: Config, arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, **features) -> Usage:
+    """Compile a kernel for a chip that need not be there.
+
+    Raises:
+        triton.runtime.errors.OutOfResources and the like: what the compiler says.
+    """
+    constants = {
+        "GROUP": 4, "HEAD_DIM": head_dim, "VALUE_DIM": value_dim,
+        "DIM": triton.next_power_of_2(head_dim), "VDIM": triton.next_power_of_2(value_dim),
+        "LIST_BLOCK": LIST_BLOCK, "RAGGED": False, "SINKS": False, "SOFTCAP": False, "WINDOW": False,
+        "PRECISION": "ieee", "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+    } | features  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else _type(name, NAMES[dtype]) for name in kernel.arg_names}
+    # As at a launch: pointers and strides are multiples of 16.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name][0] == "*" or re.fullmatch(r".*_[bhl]", name)
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    instruction = next((x for x in ("wgmma", "tcgen05.mma", "mma.sync") if x in ptx), "-")
+    return Usage(compiled.metadata.shared, *_registers(compiled.asm["cubin"]), instruction)
+
+
+def _type(name: str, dtype: str) -> str:
+    if name in ("lse", "delta"):
+        return "*fp32"
+    if name in ("subtree_end", "position_ids") or name.endswith(("_num", "_indices")):
+        return "*i32"
+    if re.fullmatch(r".*_[bhl]|heads|length|blocks|window", name):
+        return "i32"
+    return "fp32" if name in ("scale", "softcap") else f"*{dtype}"
+
+
+def _registers(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes of stack, as the assembler counted them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return tuple(int(re.search(rf"{name}:(\d+)", text.stdout)[1]) for name in ("REG", "STACK"))
+
+
+def main() -> int:
+    print(f"triton {triton.__version__}")
+    print(
+        "arch  dtype  head size  kernel   tile m x n, warps, stages   shared KiB of   registers  spilled  tensor cores"
+    )
+    failed = 0
+    for (arch, wide), sizes in TABLE.items():
+        for dtype, (head_dim, configs) in product([torch.float32] if wide else [torch.bfloat16], sizes.items()):
+            for name, kernel in KERNELS.items():
+                config = getattr(configs, name)
+                found = usage(kernel, config, arch, dtype, head_dim, head_dim)
+                limit = SHARED_MEMORY[arch]
+                fits = found.shared <= limit
+                failed += not fits
+                print(
+                    f"{arch:>4}  {NAMES[dtype]:>5}  {head_dim:>9}  {name:<7}  {config.block_m:>4} x {config.block_n:<4} "
+                    f"{config.num_warps:>3} {config.num_stages:>3}          {found.shared / 1024:>9.1f} {limit // 1024:>5}"
+                    f"  {found.registers:>9}  {found.spilled:>7}  {found.tensor_cores}{'' if fits else '  DOES NOT FIT'}",
+                    flush=True,
+                )
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

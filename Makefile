@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test kernels-check lint clean
 
 # The stamp is remade when what is to be installed changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -15,6 +15,9 @@ demo: $(VENV)/.installed  ## train a tiny model on generated conversations, and 
 
 test: $(VENV)/.installed  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+kernels-check: $(VENV)/.installed  ## compile every kernel configuration ahead of time, for GPUs that need not be here
+	$(BIN)/python -m flexmask_kernels.check
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from .backward import delta_kernel, dkv_kernel, dq_kernel
-from .configs import LIST_BLOCK, Configs, configs
+from .configs import LIST_BLOCK, PRECISION, Configs, configs
 from .forward import forward_kernel
 from .tiles import LOG2_E
 
@@ -213,7 +213,7 @@ def _constants(query, key, value, softcap, sliding_window) -> dict:
         "RAGGED": query.shape[2] % LIST_BLOCK != 0,
         "SOFTCAP": softcap is not None,
         "WINDOW": sliding_window is not None,
-        "PRECISION": "ieee",  # of float32 products: no TF32
+        "PRECISION": PRECISION,
     }
 
 

@@ -1,7 +1,8 @@
 """Compile every pinned configuration ahead of time, without a GPU, and show what it takes: `make kernels-check`.
 
 Per kernel, chip, dtype and head size: shared memory against what a block may have, registers per thread, bytes spilled
-to local memory, and the tensor-core instruction used. Exit code 1 if one does not fit.
+to local memory, and the tensor-core instruction used. Exit code 1 if one does not fit, runs without tensor cores, or
+spills in a plain forward of head size up to 128.
 """
 
 from __future__ import annotations
@@ -20,14 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .backward import dkv_kernel, dq_kernel
-from .configs import LIST_BLOCK, TABLE, Config
+from .configs import LIST_BLOCK, PRECISION, TABLE, Config
 from .forward import forward_kernel
 
 KERNELS = {"forward": forward_kernel, "dkv": dkv_kernel, "dq": dq_kernel}
 # Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability"); of the chips that share a row of the table, the smallest.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-TENSOR_CORES = {90: "wgmma", 100: "tcgen05"}  # others use mma.sync
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -45,13 +45,13 @@ def usage(kernel, config: Config, arch: int, dtype: torch.dtype, head_dim: int, 
     """Compile a kernel for a chip that need not be there.
 
     Raises:
-        triton.runtime.errors.OutOfResources and the like: what the compiler says.
+        Whatever the compiler raises.
     """
     constants = {
         "GROUP": 4, "HEAD_DIM": head_dim, "VALUE_DIM": value_dim,
         "DIM": triton.next_power_of_2(head_dim), "VDIM": triton.next_power_of_2(value_dim),
         "LIST_BLOCK": LIST_BLOCK, "RAGGED": False, "SINKS": False, "SOFTCAP": False, "WINDOW": False,
-        "PRECISION": "ieee", "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "PRECISION": PRECISION, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     } | features  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else _type(name, NAMES[dtype]) for name in kernel.arg_names}
@@ -88,26 +88,33 @@ def _registers(cubin: bytes) -> tuple[int, int]:
     return tuple(int(re.search(rf"{name}:(\d+)", text.stdout)[1]) for name in ("REG", "STACK"))
 
 
+FEATURES = {"plain": {}, "all": {"RAGGED": True, "SINKS": True, "SOFTCAP": True, "WINDOW": True}}
+
+
 def main() -> int:
-    print(f"triton {triton.__version__}")
+    print(f"triton {triton.__version__}; GQA of 4; features: all = soft-cap, window, sinks, a length of any size")
     print(
-        "arch  dtype  head size  kernel   tile m x n, warps, stages   shared KiB of   registers  spilled  tensor cores"
+        "arch  dtype  head size  kernel   tile m x n  warps  stages  features  shared KiB of  registers  spilled  uses"
     )
     failed = 0
     for (arch, wide), sizes in TABLE.items():
-        for dtype, (head_dim, configs) in product([torch.float32] if wide else [torch.bfloat16], sizes.items()):
-            for name, kernel in KERNELS.items():
-                config = getattr(configs, name)
-                found = usage(kernel, config, arch, dtype, head_dim, head_dim)
-                limit = SHARED_MEMORY[arch]
-                fits = found.shared <= limit
-                failed += not fits
-                print(
-                    f"{arch:>4}  {NAMES[dtype]:>5}  {head_dim:>9}  {name:<7}  {config.block_m:>4} x {config.block_n:<4} "
-                    f"{config.num_warps:>3} {config.num_stages:>3}          {found.shared / 1024:>9.1f} {limit // 1024:>5}"
-                    f"  {found.registers:>9}  {found.spilled:>7}  {found.tensor_cores}{'' if fits else '  DOES NOT FIT'}",
-                    flush=True,
-                )
+        dtype, limit = torch.float32 if wide else torch.bfloat16, SHARED_MEMORY[arch]
+        for (size, configs), (name, kernel), features in product(sizes.items(), KERNELS.items(), FEATURES):
+            config = getattr(configs, name)
+            found = usage(kernel, config, arch, dtype, size, size, **FEATURES[features])
+            wrong = "" if found.shared <= limit else "  DOES NOT FIT"
+            if name == "forward" and size <= 128 and found.spilled and features == "plain":
+                wrong += "  SPILLS"
+            if found.tensor_cores == "-" or (arch == 90 and not wide and found.tensor_cores != "wgmma"):
+                wrong += "  WITHOUT TENSOR CORES"
+            failed += bool(wrong)
+            print(
+                f"{arch:>4}  {NAMES[dtype]:>5}  {size:>9}  {name:<7}  {config.block_m:>4} x {config.block_n:<3} "
+                f"{config.num_warps:>6} {config.num_stages:>7}  {features:<8}  {found.shared / 1024:>6.1f} {limit // 1024:>6}"
+                f"  {found.registers:>9}  {found.spilled:>7}  {found.tensor_cores}{wrong}",
+                flush=True,
+            )
+    print(f"{failed} configurations do not hold" if failed else "every configuration holds")
     return int(failed > 0)
 
 

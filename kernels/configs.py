@@ -28,9 +28,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Configs:
+    """The configurations of the three kernels. `timed_on` names the GPU that they were found fastest on, if any."""
+
     forward: Config
     dkv: Config
     dq: Config
+    timed_on: str | None = None
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -61,5 +64,43 @@ def configs(capability: tuple[int, int], dim: int, dtype: torch.dtype) -> Config
     return TABLE[architecture(capability), wide][size]
 
 
-_SMALL = Configs(Config(64, 32, 4, 2), Config(32, 64, 4, 2), Config(64, 32, 4, 2))
-TABLE = {(arch, wide): dict.fromkeys((64, 128, 256), _SMALL) for arch in (80, 90, 100, 120) for wide in (False, True)}
+# (row, float32?) -> head size up to -> configuration. No GPU has timed any of these yet (timed_on is None everywhere):
+# each is the largest tile that `make kernels-check` shows to fit into shared memory with few or no spills, because a
+# larger tile reads less and feeds the tensor cores better. benchmarks/kernel_configs.py times the candidates.
+TABLE = {
+    # 8.0, 8.7: 163 KiB of shared memory. Two warps share a row of mma.sync fragments, so 64 x 64 fills the registers.
+    (80, False): {
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
+        128: Configs(Config(64, 64, 4, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        256: Configs(Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(64, 64, 8, 2)),
+    },
+    # 9.0: 227 KiB. wgmma wants 64 lines per warp group, so 128 with 8 warps; a backward of 64 x 128 spills 72 bytes at
+    # head size 128, and half of its queries would halve the width of its products.
+    (90, False): {
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
+        128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 3)),
+        256: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(128, 32, 8, 2)),
+    },
+    # 10.x, 11.0: 227 KiB. tcgen05 accumulates in tensor memory, but what is done to scores passes through registers.
+    (100, False): {
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
+        128: Configs(Config(128, 64, 8, 3), Config(32, 64, 8, 2), Config(128, 64, 8, 2)),
+        256: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(128, 32, 8, 2)),
+    },
+    # 8.6, 8.9, 12.x: 99 KiB, otherwise as 8.0.
+    (120, False): {
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
+        128: Configs(Config(64, 32, 4, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        256: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    },
+}
+# float32 products are six bfloat16 ones (see PRECISION): three pieces of every operand lie in registers.
+_FLOAT32 = {
+    64: Configs(Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    128: Configs(Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    256: Configs(Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+}
+TABLE |= {(row, True): _FLOAT32 for row in (80, 90, 100, 120)}
+# float32 accuracy on tensor cores: operands as sums of three bfloat16 numbers (24 bits), the six largest products. Plain
+# float32 products ("ieee") spill thousands of bytes per thread, and TF32 has 11 bits.
+PRECISION = "bf16x6"

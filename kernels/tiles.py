@@ -16,10 +16,12 @@ def load_tile(
     rows, dims = tl.arange(0, BLOCK), tl.arange(0, DIM)
     at = base + start.to(tl.int64) * stride + rows[:, None] * stride + dims[None, :]
     if CHECK:
-        return tl.load(at, (start + rows < length)[:, None] & (dims < SIZE)[None, :], 0.0)
-    if SIZE < DIM:
-        return tl.load(at, (dims < SIZE)[None, :], 0.0)
-    return tl.load(at)
+        tile = tl.load(at, (start + rows < length)[:, None] & (dims < SIZE)[None, :], 0.0)
+    elif SIZE < DIM:
+        tile = tl.load(at, (dims < SIZE)[None, :], 0.0)
+    else:
+        tile = tl.load(at)
+    return tile
 
 
 @triton.jit
@@ -47,5 +49,7 @@ def log2_scores(qk, scale, softcap, SOFTCAP: tl.constexpr):
     """Scores in units of log 2, so that their exponential is exp2; and the derivative of the soft-cap (1 without)."""
     if SOFTCAP:
         t = tanh(qk * (scale / softcap))
-        return t * (softcap * LOG2_E), 1 - t * t
-    return qk * (scale * LOG2_E), 1.0
+        s, slope = t * (softcap * LOG2_E), 1 - t * t
+    else:
+        s, slope = qk * (scale * LOG2_E), 1.0
+    return s, slope

@@ -213,7 +213,7 @@ def _constants(query, key, value, softcap, sliding_window) -> dict:
         "RAGGED": query.shape[2] % LIST_BLOCK != 0,
         "SOFTCAP": softcap is not None,
         "WINDOW": sliding_window is not None,
-        "PRECISION": PRECISION,
+        "PRECISION": "ieee" if INTERPRETED else PRECISION,  # the interpreter knows no other
     }
 
 

@@ -1,6 +1,6 @@
 """flexmask: fine-tune language models on multi-turn reasoning in one pass, with exactly the losses of N passes."""
 
-from .attention import tree_attention
+from .attention import set_backend, tree_attention
 from .collator import OnePassCollator
 from .integrations.transformers import register as _register
 from .mask import tree_block_mask
@@ -18,6 +18,7 @@ __all__ = [
     "pack",
     "pack_stream",
     "render_passes",
+    "set_backend",
     "tree_attention",
     "tree_block_mask",
     "verify",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import torch
 from torch import Tensor
 
 from .backends import blockwise, flex, triton
-from .mask import check_subtree_end, once_per_forward
+from .mask import check_dtype, check_subtree_end, once_per_forward
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,10 @@ def tree_attention(
         sliding_window: a query sees ancestors fewer than this many positions before it; needs `position_ids`.
         position_ids: integer (batch, L), or (1, L) for all, the logical position of each token.
         sinks: (heads,), per head a score that takes part in the softmax and has no value (gpt-oss).
-        backend: "flex" (CUDA; CPU without gradients), "blockwise" (any device), or "auto": the fastest that can do this
-            call and be compiled here, forward and backward. What cannot be compiled is logged once, with the reason.
+        backend: "flex" (CUDA; CPU without gradients), "triton" (CUDA, our own kernels), "blockwise" (any device), or
+            "auto": the one that `set_backend` or the environment variable FLEXMASK_BACKEND names, else the fastest that
+            can do this call and be compiled here, forward and backward. What cannot be compiled is logged once, with
+            the reason.
 
     Returns:
         (batch, heads, L, value_dim) in the dtype of `query`, or of autocast where that is on.
@@ -52,6 +55,8 @@ def tree_attention(
         torch._dynamo.exc.FailOnRecompileLimitHit: backend="flex", and more variants than can be kept compiled.
     Under torch.compile the values of `subtree_end` are not checked, and no other backend is tried.
     """
+    if backend == "auto":
+        backend = _override
     query, key, value = _as_autocast(query, key, value)
     if position_ids is not None:
         position_ids = position_ids.expand(query.shape[0], -1)
@@ -67,7 +72,7 @@ def tree_attention(
         return BACKENDS[backend](query, key, value, subtree_end, **arguments)
     for name in _preferred(query.device.type):
         try:
-            if name != "blockwise":
+            if name != "blockwise":  # which needs no compiler
                 _probe_backward(name, query, key, value, subtree_end, arguments)
             return BACKENDS[name](query, key, value, subtree_end, **arguments)
         except NotImplementedError:
@@ -75,15 +80,38 @@ def tree_attention(
         except Exception as error:
             if not _is_compilation_error(error) or torch.compiler.is_compiling():
                 raise
-            _broken[name] = f"{type(error).__name__}: {error}"
+            _broken[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             logger.warning("flexmask: backend %r failed and is not used any more (%s)", name, _broken[name])
+            logger.debug("flexmask: backend %r", name, exc_info=error)
     raise AssertionError("unreachable: blockwise can do everything")
 
 
-_ON_CUDA = ("flex", "blockwise")
+def _check_backend(backend: str) -> None:
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(('auto', *BACKENDS))}")
+
+
+_override = "auto"
+
+
+def set_backend(backend: str) -> None:
+    """Choose what `backend="auto"` means in this process; "auto" gives the choice back. FLEXMASK_BACKEND does the same.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    global _override
+    _check_backend(backend)
+    _override = backend
+
+
+set_backend(os.environ.get("FLEXMASK_BACKEND", "auto"))
+
+# "flex" first until the Triton kernels are measured faster; no GPU has timed them yet.
+_ON_CUDA = ("flex", "triton", "blockwise")
 _ELSEWHERE = ("blockwise",)
 _broken: dict[str, str] = {}  # backends that could not be compiled under "auto", and why
-_probed: set[tuple] = set()
+_probed: dict[tuple, dict[int, NotImplementedError | None]] = {}  # kind of call -> length -> what came of it
 
 
 def _preferred(device: str) -> list[str]:
@@ -95,6 +123,7 @@ def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) 
     """Run forward and backward once per kind of call, so that a backward that cannot be compiled is found out here.
 
     In the training step itself it would fail inside `loss.backward()`, where no other backend can be chosen any more.
+    Twice, in fact: a compiler takes the first length as it is, and the second as a symbol for all others.
     """
     tensors = {"query": query, "key": key, "value": value, "sinks": arguments["sinks"]}
     needs_grad = {n: x.requires_grad for n, x in tensors.items() if x is not None}
@@ -103,14 +132,21 @@ def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) 
     options = (arguments["softcap"], arguments["sliding_window"])
     kind = (name, query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], *options)
     kind += tuple(needs_grad.items())
-    if kind in _probed:
+    lengths, length = _probed.setdefault(kind, {}), query.shape[2]
+    for refused in filter(None, lengths.values()):
+        raise refused
+    if length in lengths or len(lengths) == 2:
         return
-    _probed.add(kind)
+    lengths[length] = None
     copies = {n: tensors[n].detach().requires_grad_(needed) for n, needed in needs_grad.items()}
     arguments = arguments | {"sinks": copies.pop("sinks", None)}
     # Hooks of gradient checkpointing would recompute the layer here.
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        BACKENDS[name](*copies.values(), subtree_end, **arguments).sum().backward()
+        try:
+            BACKENDS[name](*copies.values(), subtree_end, **arguments).sum().backward()
+        except NotImplementedError as error:
+            lengths[length] = error
+            raise
 
 
 def _is_compilation_error(error: Exception) -> bool:
@@ -130,8 +166,7 @@ def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 
 def _check(query, key, value, subtree_end, scale, softcap, sliding_window, position_ids, sinks, backend) -> None:
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(('auto', *BACKENDS))}")
+    _check_backend(backend)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (batch, heads, L, head_dim)")
@@ -145,6 +180,7 @@ def _check(query, key, value, subtree_end, scale, softcap, sliding_window, posit
             "(batch, heads, L, head_dim), (batch, kv_heads, L, head_dim) and (batch, kv_heads, L, value_dim), with heads "
             "a multiple of kv_heads (a key/value cache cannot be combined with subtree_end)"
         )
+    check_dtype(subtree_end)
     once_per_forward(check_subtree_end, subtree_end)
     if subtree_end.shape != (batch, length):
         raise ValueError(f"subtree_end has shape {tuple(subtree_end.shape)}, expected ({batch}, {length})")

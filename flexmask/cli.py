@@ -76,6 +76,7 @@ def _config_flags(argv: list[str]) -> list[str]:
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
+    parser.error = _refuse
     path = parser.parse_known_args(argv)[0].config
     if path is None:
         return []
@@ -107,6 +108,10 @@ def _train(argv: list[str]) -> int:
 class VerifyArguments:
     max_samples: int = field(default=4, metadata={"help": "Compare the first conversations."})
     gradients: bool = field(default=True, metadata={"help": "false: compare losses only."})
+
+    def __post_init__(self):
+        if self.max_samples < 1:
+            raise ValueError(f"max_samples is {self.max_samples}, expected at least 1")
 
 
 def _verify(argv: list[str]) -> int:

@@ -42,6 +42,7 @@ class Preparation:
 
     Attributes:
         trees: one per conversation that was kept, in order.
+        intact: indices of the conversations of which nothing is lost.
         conversations: how many were given.
         dropped: conversations left out.
         truncated: conversations kept without some of their passes or targets.
@@ -52,6 +53,7 @@ class Preparation:
     """
 
     trees: list[TokenTree] = field(repr=False)
+    intact: list[int] = field(repr=False)
     conversations: int
     dropped: int
     truncated: int
@@ -125,7 +127,8 @@ def build_trees(
     """Render conversations and merge the passes of each into its tree.
 
     Args:
-        conversations: of `load_conversations`, or any dicts of the same form.
+        conversations: of `load_conversations`, or any dicts of the same form, a `datasets.Dataset` too (see
+            `render_conversation` about nulls).
         tokenizer: a Hugging Face tokenizer with a chat template.
         max_length: tokens of one pass, at most.
         max_tokens: tokens of one tree, at most: those of a row. A larger tree is an error, or dropped on "drop".
@@ -145,10 +148,9 @@ def build_trees(
         raise ValueError(f"overlong is {overlong!r}, expected one of {', '.join(OVERLONG)}")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length}, expected at least 1")
-    if isinstance(conversations, datasets.Dataset | datasets.IterableDataset):
-        conversations = map(without_nulls, conversations)
     conversations = [
-        c if isinstance(c, Conversation) else _conversation(c, f"conversation {i}") for i, c in enumerate(conversations)
+        c if isinstance(c, Conversation) else _conversation(without_nulls(c), f"conversation {i}")
+        for i, c in enumerate(conversations)
     ]
     build = partial(
         _build,
@@ -169,13 +171,17 @@ def build_trees(
     for _, counted in built:
         counts.update(counted)
     names = ("conversations", "dropped", "truncated", "passes", "passes_lost", "targets", "targets_lost")
-    return Preparation([tree for tree, _ in built if tree is not None], **{name: counts[name] for name in names})
+    return Preparation(
+        trees=[tree for tree, _ in built if tree is not None],
+        intact=[i for i, (_, counted) in enumerate(built) if not counted["targets_lost"]],
+        **{name: counts[name] for name in names},
+    )
 
 
 def _build(conversation: Conversation, tokenizer, max_length, max_tokens, overlong, template_options) -> tuple:
     """The tree of one conversation (None: dropped), and what Preparation counts."""
+    passes = render_conversation(conversation, tokenizer, **template_options)
     try:
-        passes = render_conversation(conversation, tokenizer, **template_options)
         kept = _limit(passes, max_length, overlong)
         tree = TokenTree.from_passes(kept) if kept else None
         if tree is not None and max_tokens is not None and len(tree) > max_tokens:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.weak import WeakIdKeyDictionary
 
 BLOCK_SIZE = 128
 
@@ -40,6 +41,13 @@ class BlockLists:
     full_q_indices: Tensor
 
 
+def check_dtype(subtree_end: Tensor) -> None:
+    """Refuse what is not an int32 tensor with a TypeError."""
+    if not isinstance(subtree_end, Tensor) or subtree_end.dtype != torch.int32:
+        came = subtree_end.dtype if isinstance(subtree_end, Tensor) else type(subtree_end).__name__
+        raise TypeError(f"subtree_end is {came}, expected an int32 tensor")
+
+
 def check_subtree_end(subtree_end: Tensor) -> None:
     """Refuse what is not the subtree ends of a forest in depth-first order.
 
@@ -50,9 +58,7 @@ def check_subtree_end(subtree_end: Tensor) -> None:
         TypeError: not an int32 tensor.
         ValueError: wrong shape; an end outside (k, L]; subtrees that cross.
     """
-    if not isinstance(subtree_end, Tensor) or subtree_end.dtype != torch.int32:
-        came = subtree_end.dtype if isinstance(subtree_end, Tensor) else type(subtree_end).__name__
-        raise TypeError(f"subtree_end is {came}, expected an int32 tensor")
+    check_dtype(subtree_end)
     if subtree_end.ndim != 2 or not subtree_end.shape[1]:
         raise ValueError(f"subtree_end has shape {tuple(subtree_end.shape)}, expected (batch, L) with L >= 1")
     place = torch.arange(subtree_end.shape[1], dtype=torch.int32, device=subtree_end.device)
@@ -137,18 +143,23 @@ def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     return tiles.sum(-1, dtype=torch.int32)[:, None], indices[:, None]
 
 
+_kept = WeakIdKeyDictionary()  # subtree_end -> what was built from it
+
+
 def once_per_forward(build: Callable, subtree_end: Tensor, *, position_ids: Tensor | None = None, **arguments):
     """`build(subtree_end, …)`, computed by the first layer and shared by the others, which get the same tensor.
 
-    What is built must not hold `subtree_end` itself, or the two would keep each other alive. Under torch.compile
-    nothing is kept, because the compiler merges equal computations of one graph by itself, and nothing is checked,
-    because a check reads values.
+    What is built must not hold `subtree_end` itself, or the two would keep each other alive. Tensors of inference mode
+    do not count their changes, so nothing is kept for them. Under torch.compile nothing is kept, because the compiler
+    merges equal computations of one graph by itself, and nothing is checked, because a check reads values.
     """
     tensors = {} if position_ids is None else {"position_ids": position_ids}
     if torch.compiler.is_compiling():
         return None if build is check_subtree_end else build(subtree_end, **tensors, **arguments)
-    kept = subtree_end.__dict__.setdefault("_flexmask", {})
-    versions = tuple(0 if x.is_inference() else x._version for x in (subtree_end, *tensors.values()))
+    if any(x.is_inference() for x in (subtree_end, *tensors.values())):
+        return build(subtree_end, **tensors, **arguments)
+    kept = _kept.setdefault(subtree_end, {})
+    versions = tuple(x._version for x in (subtree_end, *tensors.values()))
     key = (build, *versions, *(x.data_ptr() for x in tensors.values()), *arguments.items())
     if key not in kept:
         # position_ids are kept too, so that their address cannot be taken by others meanwhile

@@ -129,13 +129,19 @@ def render_conversation(conversation, tokenizer, **options) -> list[Pass]:
 
     Args:
         conversation: a dict with `messages`, and `tools` if it has any; or the list of messages. Keys with a null are
-            taken out of one that `load_conversations` has not read, because the rows of a `datasets.Dataset` have them
-            wherever another row has the key.
+            taken out, at any depth, because the rows of a `datasets.Dataset` have them wherever another row has the
+            key. Only a `Conversation` of `load_conversations` keeps those that its file had.
         tokenizer, **options: as `render_passes` takes them.
 
     Raises:
-        ConversationError: no messages, or `render_passes` refuses them.
+        ConversationError: no messages, or `render_passes` refuses them; the origin of a `Conversation` is named.
     """
+    if isinstance(conversation, Conversation):
+        try:
+            return _render_record(conversation, tokenizer, options)
+        except (ConversationError, TypeError) as error:  # of tokenizers, for half of a surrogate pair
+            raise ConversationError(f"{conversation.origin}: {error}") from error
+    conversation = without_nulls(conversation)
     if not isinstance(conversation, Mapping):
         return render_passes(conversation, tokenizer, **options)
     if "messages" not in conversation:
@@ -143,11 +149,13 @@ def render_conversation(conversation, tokenizer, **options) -> list[Pass]:
             f"has the keys {sorted(map(str, conversation))}, expected messages"
             + (" (flexmask.data.load_conversations reads ShareGPT's form)" if "conversations" in conversation else "")
         )
-    if not isinstance(conversation, Conversation):
-        conversation = without_nulls(conversation)
-    if conversation.get("tools"):
-        options = options | {"tools": conversation["tools"]}
-    return render_passes(conversation["messages"], tokenizer, **options)
+    return _render_record(conversation, tokenizer, options)
+
+
+def _render_record(record: Mapping, tokenizer, options: dict) -> list[Pass]:
+    if record.get("tools"):
+        options = options | {"tools": record["tools"]}
+    return render_passes(record["messages"], tokenizer, **options)
 
 
 def normalize_messages(messages) -> list[dict]:

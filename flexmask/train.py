@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +23,7 @@ from transformers import (
 
 from . import demo
 from .collator import OnePassCollator
-from .data import build_trees, load_conversations
+from .data import OVERLONG, build_trees, load_conversations
 from .inspect import draw_mask
 from .integrations.transformers import NAME, check_config
 from .packing import pack
@@ -63,8 +64,16 @@ class DataArguments:
     overlong: str = field(
         default="error", metadata={"help": "Passes over max_length: error, drop the conversation, or truncate them."}
     )
-    verify: bool = field(default=True, metadata={"help": "Compare one conversation with N passes before training."})
+    verify: bool = field(default=True, metadata={"help": "Compare two conversations with N passes before training."})
     compare: int = field(default=0, metadata={"help": "Compare this many conversations with N passes afterwards."})
+
+    def __post_init__(self):
+        if self.overlong not in OVERLONG:
+            raise ValueError(f"overlong is {self.overlong!r}, expected one of {', '.join(OVERLONG)}")
+        for name in ("max_length", "max_tokens", "max_samples", "dataset_num_proc"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
 
 
 @dataclass
@@ -136,18 +145,41 @@ class OnePassTrainer(Trainer):
     """The Trainer, with an `eval_loss` that is the mean over all targets, as the training loss is.
 
     The library's own is the mean over rows, which weighs a target less in a row that has many.
+
+    Raises:
+        ValueError: other arguments than OnePassTrainingArguments, a loss function of its own, or a model that is not
+            loaded with attn_implementation="flexmask".
+        NotImplementedError: an architecture that a tree would train wrongly.
     """
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
-        self._targets_per_row = sum(row.num_targets for row in dataloader.dataset) / len(dataloader.dataset)
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+    def __init__(self, model, args: OnePassTrainingArguments, *others, **options):
+        if not isinstance(args, OnePassTrainingArguments) or options.get("compute_loss_func"):
+            raise ValueError("OnePassTrainer takes OnePassTrainingArguments, and no compute_loss_func")
+        if model.config._attn_implementation != NAME:
+            raise ValueError(
+                f'the model has attn_implementation="{model.config._attn_implementation}", expected "{NAME}"'
+            )
+        check_config(model.config)
+        super().__init__(model, args, *others, **options)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._sums = []
+        output = super().evaluation_loop(*args, **kwargs)
+        for name in output.metrics:
+            if name.endswith("_loss"):
+                loss, targets = torch.stack(self._sums).sum(0).tolist()
+                output.metrics[name] = loss / targets
+        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs)
-        loss = outputs.loss * inputs["labels"].numel() / self._targets_per_row
-        return (loss, outputs) if return_outputs else loss
+        targets = inputs["labels"].numel()
+        row = torch.stack([outputs.loss.detach().double() * targets, outputs.loss.new_tensor(targets).double()])
+        # Of all processes, without the rows that are repeated to give each process as many.
+        self._sums += self.accelerator.gather_for_metrics(row[None]).cpu()
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 
 class StopOnNonFiniteLoss(TrainerCallback):
@@ -182,11 +214,11 @@ def train(
     if options["chat_template"]:
         tokenizer.chat_template = options["chat_template"]  # saved with the model
     tell = print if args.process_index == 0 else lambda *_, **__: None
-    trees, rows = _rows(conversations, model, tokenizer, data_args, options, tell)
-    eval_conversations, eval_rows = None, None
+    trees, rows, intact = _rows(conversations, model, tokenizer, data_args, options, tell)
+    compared, eval_rows = intact, None
     if data_args.eval_dataset_name:
         eval_conversations = _load(data_args.eval_dataset_name, data_args.dataset_test_split, args.seed + 1)
-        _, eval_rows = _rows(eval_conversations, model, tokenizer, data_args, options, tell)
+        _, eval_rows, compared = _rows(eval_conversations, model, tokenizer, data_args, options, tell)
 
     trainer = OnePassTrainer(
         model,
@@ -203,8 +235,10 @@ def train(
             "on one device first, then train with --verify false and without --compare"
         )
     if data_args.verify:
-        first = next((c for c in conversations if _answers(c) > 1), conversations[0])
-        report = verify(model, tokenizer, [first], **options)
+        sample = sorted(intact, key=lambda c: _answers(c) < 2)[:2]  # two, so that packing is compared too
+        if not sample:
+            raise ConversationError("no conversation is whole, so none can be compared with N passes (--verify false)")
+        report = verify(model, tokenizer, sample, **options)
         tell(f"before training, {data_args.dataset_name}:\n{report}", flush=True)
         if not report:
             raise MismatchError(
@@ -224,9 +258,11 @@ def train(
             # Accelerate leaves its autocast around the model's forward.
             trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
             name = data_args.eval_dataset_name or data_args.dataset_name
-            sample = (eval_conversations or conversations)[: data_args.compare]
-            print(f"after training, {name}:\n{verify(trained, tokenizer, sample, **options)}")
-        print(f"model: {folder}\nmask picture: {folder / 'mask.png'}\nloss curve: {folder / 'loss.png'}")
+            report = verify(trained, tokenizer, compared[: data_args.compare], **options)
+            print(f"after training, {name}:\n{report}")
+        print(f"model: {folder}\nmask picture: {folder / 'mask.png'}\nloss curve: {folder / 'loss.png'}", flush=True)
+        if data_args.compare and not report:
+            raise MismatchError("the one-pass losses of the trained model are not those of N passes (table above)")
     return trainer
 
 
@@ -279,7 +315,8 @@ def _load(name: str, split: str, seed: int) -> list[dict]:
 
 def _rows(
     conversations, model, tokenizer, args: DataArguments, options, tell
-) -> tuple[list[TokenTree], list[TokenTree]]:
+) -> tuple[list[TokenTree], list[TokenTree], list[dict]]:
+    """Trees, packed rows, and the conversations of which nothing is lost."""
     longest = args.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prepared = build_trees(
         conversations,
@@ -304,7 +341,7 @@ def _rows(
         )
     rows = pack(prepared.trees, args.max_tokens)
     tell(f"{len(rows)} rows of at most {args.max_tokens} tokens", flush=True)
-    return prepared.trees, rows
+    return prepared.trees, rows, [conversations[i] for i in prepared.intact]
 
 
 def _answers(conversation: dict) -> int:

@@ -111,6 +111,10 @@ class Report:
             )
         loss_tolerance, gradient_tolerance = TOLERANCE[self.dtype]
         verdict = "the same losses" if self else "DIFFERENT LOSSES"
+        if self.dtype.itemsize == 2:
+            verdict += (
+                " (in 16 bits, where small faults do not show and experts may be routed differently; float32 tells)"
+            )
         lines.append(
             f"{verdict}: one-pass against N-pass ({self.reference}, {str(self.dtype).removeprefix('torch.')} on "
             f"{self.device}), differences relative to the largest, tolerance {loss_tolerance:.0e} for losses, "
@@ -134,7 +138,8 @@ def verify(
             mode (dropout would differ), outside autocast and without a router's load-balancing loss, and left as it was.
         tokenizer: its tokenizer.
         conversations: dicts with `messages` (and `tools`), or lists of messages.
-        gradients: compare the gradients of all trainable parameters too; this needs memory for three sets of them.
+        gradients: compare the gradients of all trainable parameters too, if there are any; this needs memory for three
+            sets of them.
         **template_options: for `render_passes`.
 
     Raises:
@@ -157,6 +162,7 @@ def verify(
 
     reference = "sdpa" if inner._supports_sdpa and not _has_softcap(inner.config) else "eager"
     device = next(model.parameters()).device
+    gradients = gradients and any(p.requires_grad for p in model.parameters())
     comparisons = []
     with _as_found(model, inner), torch.autocast(device.type, enabled=False):
         for unit in units:

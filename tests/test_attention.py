@@ -1,4 +1,8 @@
+import ctypes
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +126,7 @@ def peak_bytes(function) -> int:
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
         return int(line.split()[1]) * 1024
 
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed would be used again, and not count
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     function()
@@ -217,7 +222,7 @@ def preferred(monkeypatch):
             return function(*args, **kwargs)
 
         monkeypatch.setattr(flexmask.attention, "_broken", {})
-        monkeypatch.setattr(flexmask.attention, "_probed", set())
+        monkeypatch.setattr(flexmask.attention, "_probed", {})
         monkeypatch.setitem(flexmask.attention.BACKENDS, "flex", backend)
         monkeypatch.setattr(flexmask.attention, "_ELSEWHERE", flexmask.attention._ON_CUDA)
         return calls
@@ -293,7 +298,62 @@ def test_auto_goes_on_with_a_backend_that_cannot_do_one_call(preferred):
     q, k, v, _, ends, _, visible = problem(6, 64)
     for _ in range(2):
         close(tree_attention(q, k, v, ends), dense_attention(q, k, v, visible), 1e-12)
-    assert len(calls) == 2 and not flexmask.attention._broken
+    assert len(calls) == 1 and not flexmask.attention._broken, "asked once for this kind, and not banned"
+
+
+def test_a_backend_that_refuses_only_its_backward_is_asked_once_per_kind(preferred):
+    """The bug guarded: the second step failed inside loss.backward(), because the refusal was not remembered."""
+
+    class Refuses(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, out):
+            return out.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise NotImplementedError("no backward")
+
+    calls = preferred(lambda *args, **kwargs: Refuses.apply(blockwise.attention(*args, **kwargs)))
+    q, k, v, _, ends, *_ = problem(6, 64)
+    for _ in range(3):
+        tree_attention(q, k, v, ends).sum().backward()
+    assert len(calls) == 1 and not flexmask.attention._broken
+
+
+def test_the_second_length_is_probed_too_and_no_third(preferred):
+    calls = preferred(blockwise.attention)
+    for length in (64, 65, 66, 64):
+        q, k, v, _, ends, *_ = problem(6, length)
+        tree_attention(q, k, v, ends)
+    assert len(calls) == 4 + 2
+
+
+def test_what_auto_means_can_be_set(preferred, monkeypatch):
+    calls = preferred(blockwise.attention)
+    monkeypatch.setattr(flexmask.attention, "_override", "auto")
+    q, k, v, _, ends, *_ = problem(6, 64)
+    flexmask.set_backend("blockwise")
+    tree_attention(q, k, v, ends)
+    assert not calls
+    flexmask.set_backend("auto")
+    tree_attention(q, k, v, ends)
+    assert calls
+    with pytest.raises(ValueError, match="backend is 'fast', expected one of auto, flex, triton, blockwise"):
+        flexmask.set_backend("fast")
+    code = "import flexmask.attention as a; print(a._override)"
+    environment = os.environ | {"FLEXMASK_BACKEND": "triton"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "triton"
+
+
+def test_flex_never_runs_where_compilation_is_switched_off():
+    """The bug guarded: uncompiled FlexAttention silently materialises the L×L scores."""
+    q, k, v, _, ends, *_ = detached(problem(5, 128, dim=16, value_dim=16, dtype=torch.float32))
+    torch._dynamo.reset()
+    stance = torch.compiler.set_stance("force_eager")
+    with stance, torch.no_grad(), pytest.raises(NotImplementedError, match=r"needs torch\.compile"):
+        tree_attention(q, k, v, ends, backend="flex")
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("of memory"), RuntimeError("device-side assert")])
@@ -347,6 +407,8 @@ x8 = torch.zeros(1, 2, 8, 4)
         ({"key": torch.zeros(1, 2, 9, 4)}, ValueError, "do not fit"),
         ({"query": torch.zeros(1, 3, 8, 4)}, ValueError, "multiple of kv_heads"),
         ({"subtree_end": ends_of_8.long()}, TypeError, "int64, expected an int32"),
+        ({"subtree_end": [8] * 8}, TypeError, "list, expected an int32"),
+        ({"subtree_end": None}, TypeError, "NoneType, expected an int32"),
         ({"subtree_end": ends_of_8.float()}, TypeError, "float32, expected an int32"),
         ({"subtree_end": ends_of_8[:, :7] - 1}, ValueError, r"shape \(1, 7\), expected \(1, 8\)"),
         ({"subtree_end": ends_of_8 + 1}, ValueError, "expected an end in 1..8"),

@@ -166,6 +166,10 @@ def test_bad_input_is_told_and_exits_with_2(tmp_path, trained, capsys):
         (["--reasoning_format", "<think>"], "must contain '{reasoning}' exactly once"),
         (["--end_of_turn", "the end"], "which is not one token"),
         (["--config", "none.yaml"], "none.yaml"),
+        (["--config"], "argument --config: expected one argument"),
+        (["--overlong", "foo"], "overlong is 'foo', expected one of error, drop, truncate"),
+        (["--max_length", 0], "max_length is 0, expected at least 1"),
+        (["--max_samples", -1], "max_samples is -1, expected at least 1"),
         (["--config", "bad.yaml"], "bad.yaml: is not YAML"),
         (["--config", "list.yaml"], "expected `name: value` lines, got list"),
         (["--config", "unknown.yaml"], "unknown arguments --no_such_option 1"),
@@ -186,6 +190,53 @@ def test_verify_and_inspect_refuse_unknown_flags_too(data, capsys):
     for command in ("verify", "inspect"):
         assert main([command, data, "--model_name_or_path", "x", "--tokenizer", "x", "--indx", "1"]) == 2
         assert "unknown arguments" in capsys.readouterr().err
+
+
+def test_a_mismatch_after_training_is_an_exit_code_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flexmask", broken_attention(leaking))
+    assert train(tmp_path, "--max_steps", 1, "--verify", "false", "--compare", 1) == 1
+    assert "DIFFERENT LOSSES" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").exists(), "the model is saved all the same"
+
+
+def test_what_is_compared_is_what_is_trained(tmp_path, capsys):
+    """The bug guarded: the table before training showed a conversation that had been dropped."""
+    long, *short = demo.conversations(9, turns=(2, 2))
+    long["messages"][0]["content"] = "word " * 400
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(c) + "\n" for c in [long, *short]))
+    flags = ["--max_length", 600, "--overlong", "drop", "--max_steps", 1, "--compare", 2]
+    assert train(tmp_path, *flags, data=str(path)) == 0
+    out = capsys.readouterr().out
+    assert "1 conversations dropped" in out
+    rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit() and "x" in line and " s / " in line]
+    assert len(rows) == 6 and all(int(row[-12]) < 1200 for row in rows), rows
+
+
+def test_template_flags_reach_training_verification_and_inspection(tmp_path, trained, data, capsys):
+    """A template without an end-of-turn token: without --end_of_turn the tokenizer's eos stands in for it."""
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {% if m.reasoning_content and loop.last %}"
+        "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    flags = ["--chat_template_path", str(template), "--end_of_turn", "<|im_end|>"]
+    picture = ["--output", str(tmp_path / "mask.png")]
+    assert main(["inspect", data, "--tokenizer", str(trained), *picture]) == 0
+    plain = capsys.readouterr().out
+    assert main(["inspect", data, "--tokenizer", str(trained), *picture, *flags]) == 0
+    assert capsys.readouterr().out != plain
+    verify = ["verify", data, "--model_name_or_path", str(trained), "--max_samples", "1", "--gradients", "false"]
+    assert main(verify) == 0
+    plain = capsys.readouterr().out.splitlines()[1].split()
+    assert main([*verify, *flags]) == 0
+    with_template = capsys.readouterr().out.splitlines()[1].split()
+    assert plain[3] != with_template[3], "other tokens"
+    assert train(tmp_path, "--max_steps", 1, *flags, data=data) == 0
+    assert "user: " in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template or (
+        AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template.read_text()
+    )
 
 
 @pytest.mark.parametrize("precision", ["--bf16", "--fp16"])

@@ -202,3 +202,12 @@ def test_a_row_that_is_no_longer_used_is_freed_at_once():
         assert [reference() for reference in freed] == [None, None]
     finally:
         gc.enable()
+
+
+def test_nothing_is_kept_for_tensors_that_do_not_count_their_changes():
+    with torch.inference_mode():
+        ends = torch.tensor([[2, 2]], dtype=torch.int32)
+        once_per_forward(check_subtree_end, ends)
+        ends.fill_(99)
+        with pytest.raises(ValueError, match=r"expected an end in 1\.\.2"):
+            once_per_forward(check_subtree_end, ends)

@@ -5,13 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from distributed import train_one_step
 from models import tiny
 from test_transformers import Vocabulary, rows_of_unequal_size
+from transformers import TrainingArguments
 
 from flexmask import OnePassCollator
+from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,24 @@ def check(result, by_hand):
 def test_evaluation_and_a_step_are_means_over_targets(tmp_path, by_hand):
     """The bug guarded: the Trainer's own eval_loss is the mean over rows."""
     check(train_one_step(str(tmp_path), accumulation=4), by_hand)
+
+
+def test_evaluation_of_raw_conversations_and_what_is_refused(tmp_path):
+    """The bug guarded: only a list of trees could be evaluated, and a batch of several rows was counted several times."""
+    collator, model = OnePassCollator(Vocabulary()), tiny("Qwen3")
+    rows = rows_of_unequal_size()
+    arguments = OnePassTrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True)
+    columns = datasets.Dataset.from_list([{k: v.tolist() for k, v in row.to_dict().items()} for row in rows])
+    found = {
+        name: OnePassTrainer(model, arguments, eval_dataset=data, data_collator=collator).evaluate()["eval_loss"]
+        for name, data in (("trees", rows), ("columns", columns))
+    }
+    assert found["trees"] == pytest.approx(found["columns"], rel=1e-6)
+    with pytest.raises(ValueError, match="takes OnePassTrainingArguments"):
+        OnePassTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match='attn_implementation="sdpa", expected "flexmask"'):
+        OnePassTrainer(model, arguments)
 
 
 def test_two_processes_are_as_one(tmp_path, by_hand):

@@ -97,6 +97,25 @@ def test_mixture_of_experts_with_a_load_balancing_loss():
     assert model.config.output_router_logits
 
 
+def test_a_fault_in_the_models_own_loss_is_found(monkeypatch):
+    """Planted fault: right logits, and a loss that is the sum over a wrong number of targets."""
+    model = tiny("Qwen3")
+    right = model.loss_function
+    monkeypatch.setattr(type(model), "loss_function", lambda self, *a, **k: right(*a, **k) * 1.01, raising=False)
+    report = verify(model)
+    assert report.loss_difference < 1e-5 and not report
+
+
+def test_a_frozen_model_is_compared_without_gradients():
+    report = verify(tiny("Qwen3").requires_grad_(False))
+    assert report and report.gradient_difference is None
+
+
+def test_in_16_bits_the_verdict_says_what_it_is_worth():
+    assert "small faults do not show" in str(verify(tiny("Qwen3", torch.bfloat16)))
+    assert "small faults do not show" not in str(verify(tiny("Qwen3")))
+
+
 def test_autocast_around_it_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         report = verify(tiny("Qwen3"))

@@ -26,7 +26,7 @@ def attention(
     """See `flexmask.tree_attention`, which checks the arguments.
 
     Raises:
-        NotImplementedError: float64; gradients or sinks outside CUDA.
+        NotImplementedError: float64; gradients or sinks outside CUDA; compilation switched off.
         torch._dynamo.exc.FailOnRecompileLimitHit: too many variants compiled (never a silent dense run).
     """
     cpu = query.device.type != "cuda"
@@ -71,8 +71,16 @@ def _compiled(*args, **kwargs):
         return _compile()(*args, **kwargs)
 
 
+def _traced(*args, **kwargs):
+    if not torch.compiler.is_compiling():  # compilation is switched off: this would materialise L x L scores
+        raise NotImplementedError(
+            "backend 'flex' needs torch.compile, which is switched off; backend 'blockwise' does not"
+        )
+    return flex_attention(*args, **kwargs)
+
+
 @functools.cache
 def _compile():
     # The first length is compiled as it is, the second makes the length symbolic, later ones cost nothing. fullgraph:
     # past the limit this raises; without it FlexAttention would silently run uncompiled and materialise L x L scores.
-    return torch.compile(flex_attention, fullgraph=True)
+    return torch.compile(_traced, fullgraph=True)

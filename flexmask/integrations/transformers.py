@@ -144,7 +144,7 @@ def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict
     limit = _rotary_limit(config)
     if (window or limit) and kwargs.get("position_ids") is None:
         raise _refuse(config, f"{layer} is not told the position_ids of the batch")
-    if limit is not None:
+    if limit is not None and not torch.compiler.is_compiling():  # a check reads values
         longest = once_per_forward(_longest_path, subtree_end, position_ids=kwargs["position_ids"])
         if longest > limit:
             raise _refuse(
@@ -233,8 +233,9 @@ def _refusal(
 def register() -> None:
     """Make `attn_implementation="flexmask"` known to transformers, and two of its lookups stricter, process-wide.
 
-    A model that is loaded with it is checked (`get_correct_attn_implementation`), and every other attention refuses a
-    tree batch (`AttentionInterface.get_interface`), which it would take for one long sequence.
+    A model that is loaded with it is checked (`get_correct_attn_implementation`), and every other attention of that
+    interface refuses a tree batch (`AttentionInterface.get_interface`), which it would take for one long sequence.
+    (Architectures without the interface, or that drop keywords, cannot be told: they never see `subtree_end`.)
     """
     AttentionInterface.register(NAME, _attention_function)
     AttentionMaskInterface.register(NAME, _mask_function)

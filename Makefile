@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test kernels-check lint clean
+.PHONY: demo test kernels-check gpu-test gpu-bench lint clean
 
 # The stamp is remade when what is to be installed changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -18,6 +18,19 @@ test: $(VENV)/.installed  ## the whole test suite
 
 kernels-check: $(VENV)/.installed  ## compile every kernel configuration ahead of time, for GPUs that need not be here
 	$(BIN)/python -m flexmask_kernels.check
+
+# On a machine with a GPU, its own Python and no network: nothing is installed.
+GPU := PYTHONPATH=$(CURDIR):$(CURDIR)/build/gpu:$(CURDIR)/tests:$(CURDIR)/benchmarks $(PYTHON)
+
+build/gpu/flexmask_kernels:
+	mkdir -p build/gpu && ln -sfn $(CURDIR)/kernels $@
+
+gpu-test: build/gpu/flexmask_kernels  ## the tests that need a GPU, and the kernel tests on it
+	$(GPU) -m pytest tests/test_cuda.py tests/test_kernels.py
+
+gpu-bench: build/gpu/flexmask_kernels  ## attention against FlexAttention and SDPA, and the tile sizes; into benchmarks/results
+	$(GPU) benchmarks/gpu_attention.py
+	$(GPU) benchmarks/kernel_configs.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -154,7 +154,8 @@ def _inspect(argv: list[str]) -> int:
     conversations = load_conversations(name)
     if not 0 <= args.index < len(conversations):
         raise ConversationError(f"--index is {args.index}, but {name} has {len(conversations)} conversations")
-    passes = render_conversation(conversations[args.index], load_tokenizer(args.tokenizer), **template_args.options())
+    tokenizer = load_tokenizer(args.tokenizer, conversations)
+    passes = render_conversation(conversations[args.index], tokenizer, **template_args.options())
     inspection = inspect_passes(passes)
     draw_mask(inspection.tree, args.output)
     print(f"{inspection}\nmask picture: {args.output}")

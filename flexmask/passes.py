@@ -105,6 +105,7 @@ def render_passes(
 
     render = functools.partial(_render, tokenizer, chat_template, tools, template_kwargs)
     prompts = render([messages[:i] for i in targets], add_generation_prompt=True)
+    _check_tools(tools, prompts[0])
     answered = render([[*messages[:i], _marked(messages[i])] for i in targets])
     trailer = _trailer(render, messages[: targets[0]], prompts[0], tokenizer.eos_token)
     reasoning_format = reasoning_format or _opened_format(prompts)
@@ -366,6 +367,17 @@ def _special_tokens(tokenizer, size: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
 
 
+def _check_tools(tools, prompt: str) -> None:
+    """A template that knows no tools leaves them out without a word."""
+    for tool in tools or ():
+        name = tool.get("function", tool).get("name") if isinstance(tool, Mapping) else None
+        if isinstance(name, str) and name not in prompt:
+            raise ConversationError(
+                f"the chat template does not render the tool {name!r}; leave tools out, or pass a chat_template=… that "
+                "supports them (--chat_template_path on the command line)"
+            )
+
+
 def _check_rendered(message: dict, index: int, completion: str) -> None:
     """Nothing of a target may be lost in rendering."""
     if message.get("content", "").strip() not in completion:
@@ -379,7 +391,8 @@ def _check_rendered(message: dict, index: int, completion: str) -> None:
             raise ConversationError(
                 f"message {index} (assistant): tool_calls has {call!r}, expected a function with a name"
             )
-        if name not in completion:
+        reasoning = message.get(REASONING_FIELDS[0], "").strip()
+        if name not in (completion.replace(reasoning, "", 1) if reasoning else completion):
             raise ConversationError(
                 f"message {index} (assistant): the chat template does not render its call of the tool {name!r}; "
                 "pass a chat_template=… that supports tools (--chat_template_path on the command line)"

@@ -34,6 +34,7 @@ from .verify import verify
 # Names that need no download: a small random model, and generated conversations.
 TINY_MODEL = "flexmask/tiny-random"
 GENERATED_DATA = "flexmask/generated"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -47,6 +48,10 @@ class ModelArguments:
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Default: all linear layers."})
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
 
 
 @dataclass
@@ -208,6 +213,8 @@ def train(
         MismatchError: one-pass losses are not those of N passes on the first conversation.
     """
     set_seed(args.seed)
+    if args.eval_strategy != "no" and not data_args.eval_dataset_name:
+        raise ConversationError(f"eval_strategy is {args.eval_strategy.value}, which needs eval_dataset_name")
     conversations = _load(data_args.dataset_name, data_args.dataset_train_split, args.seed)[: data_args.max_samples]
     model, tokenizer = load_model(model_args, conversations)
     options = template_args.options()
@@ -273,11 +280,11 @@ class MismatchError(RuntimeError):
 def load_model(args: ModelArguments, conversations: Sequence[dict]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM with tree attention and its tokenizer; with LoRA adapters around it if asked for."""
     if args.model_name_or_path == TINY_MODEL:
-        tokenizer = demo.train_tokenizer(demo.texts(conversations))
+        tokenizer = load_tokenizer(TINY_MODEL, conversations)
         model = demo.tiny_model(tokenizer)
     else:
         options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-        tokenizer = load_tokenizer(args.model_name_or_path, **options)
+        tokenizer = load_tokenizer(args.model_name_or_path, conversations, **options)
         model = AutoModelForCausalLM.from_pretrained(
             args.model_name_or_path, dtype=args.dtype, attn_implementation=NAME, **options
         )
@@ -297,13 +304,19 @@ def load_model(args: ModelArguments, conversations: Sequence[dict]) -> tuple[Pre
     return model, tokenizer
 
 
-def load_tokenizer(name: str, **options) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or the hub; a folder that does not exist is told apart from a hub that is not there."""
+def load_tokenizer(name: str, conversations: Sequence[dict], **options) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or the hub; that of the tiny model is trained on the conversations.
+
+    Raises:
+        OSError: telling a folder that does not exist from a hub that is not there.
+    """
+    if name == TINY_MODEL:
+        return demo.train_tokenizer(demo.texts(conversations))
     try:
         return AutoTokenizer.from_pretrained(name, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if Path(name).exists():
-            raise
+            raise OSError(f"{name}: holds no tokenizer: {' '.join(str(error).split())}") from error
         raise OSError(f"{name}: there is no such folder, and loading it from the hub failed: {error}") from error
 
 

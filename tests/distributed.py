@@ -32,3 +32,5 @@ if __name__ == "__main__":
     result = train_one_step(sys.argv[1], accumulation=2)
     if torch.distributed.get_rank() == 0:
         torch.save(result, sys.argv[2])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # threads of the group would abort the process at exit, now and then

@@ -224,7 +224,8 @@ def test_trees_are_those_of_the_passes(conversations, tokenizer):
 
 
 def test_template_options_and_tools_reach_the_template(conversations, tokenizer):
-    template = "{{ '0' if tools is none else tools | length + 1 }}{{ extra }}" + tokenizer.chat_template
+    template = "{{ '0' if tools is none else tools | length + 1 }}{{ extra }}{{ tools | tojson if tools }}"
+    template += tokenizer.chat_template
     given = [{**conversations[0], "tools": TOOLS * 2}, {**conversations[0], "tools": []}]
     trees = build_trees(given, tokenizer, chat_template=template, extra="~").trees
     assert [tokenizer.decode(tree.input_ids[:2]) for tree in trees] == ["3~", "0~"]

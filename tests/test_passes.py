@@ -259,3 +259,17 @@ def test_tokenizer_without_template_and_bad_format():
 def test_unknown_keys_are_kept_and_ignored():
     messages = [m | {"id": 7, "source": {"x": 1}} for m in CHAT]
     assert rendered("qwen3", messages) == rendered("qwen3", CHAT)
+
+
+def test_a_template_without_tools_is_refused_and_not_trained_with_empty_answers():
+    """The bug guarded: the tool's name stood in the reasoning, so a call that was not rendered went unnoticed."""
+    from flexmask import demo
+
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    messages = [user("2 + 2?"), answer("", "I can add.", tool_calls=[call])]
+    plain = demo.train_tokenizer(["I can add."])
+    with pytest.raises(ConversationError, match="does not render its call of the tool 'add'"):
+        render_passes(messages, plain)
+    with pytest.raises(ConversationError, match="does not render the tool 'add'; leave tools out"):
+        render_passes([user("Hi"), answer("Ho")], plain, tools=[tool])

@@ -1,6 +1,7 @@
 """What the Trainer makes of rows with unequal numbers of targets: in one process, and in two."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,10 +68,16 @@ def test_two_processes_are_as_one(tmp_path, by_hand):
     here, result = Path(__file__).parent, tmp_path / "result.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    subprocess.run(
-        [*command, str(here / "distributed.py"), str(tmp_path), str(result)],
-        check=True, env=environment, timeout=120, capture_output=True,
+    process = subprocess.Popen(
+        [*command, str(here / "distributed.py"), str(tmp_path), str(result)], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+    try:
+        said = process.communicate(timeout=120)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with its children
+        raise
+    assert process.returncode == 0, said
     result = torch.load(result, weights_only=True)
     assert result["processes"] == 2
     check(result, by_hand)

@@ -1,0 +1,189 @@
+"""What only a GPU can show: `make gpu-test`. Error budgets, repeatability, memory, large tensors, whole models."""
+
+import numpy as np
+import pytest
+import torch
+from models import tiny
+from reference import conversation_passes, dense_attention
+from test_attention import problem
+
+import flexmask
+from flexmask import TokenTree, tree_attention
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+FEATURES = {
+    "plain": {},
+    "softcap": {"softcap": 1.5},
+    "window": {"window": 40},
+    "sinks": {"sinks": True},
+    "softcap and window": {"softcap": 1.5, "window": 40},
+    "all": {"softcap": 1.5, "window": 40, "sinks": True},
+}
+
+
+def everything(attend, leaves, weight):
+    out = attend(*leaves)
+    return [out, *torch.autograd.grad((out * weight.to(out)).sum(), leaves)]
+
+
+def relative_errors(found, exact):
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("backend", ["flex", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("length, dims", [(1024, (64, 64)), (1024, (128, 128)), (513, (64, 64)), (1024, (192, 128))])
+def test_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype, features, length, dims):
+    """Against float64, as a norm, for the output and every gradient; plain PyTorch has the dense mask."""
+    if backend == "flex" and (dims[0] != dims[1] or length % 128):
+        pytest.skip("FlexAttention has head sizes of one power of two, and rows are padded to blocks for it")
+    *inputs, s, ends, positions, visible = (
+        x.cuda() for x in problem(0, length, batch=2, heads=4, kv_heads=2, dim=dims[0], value_dim=dims[1], dtype=dtype)
+    )
+    window, softcap = features.get("window"), features.get("softcap")
+    leaves = [x.detach().requires_grad_() for x in ([*inputs, s] if "sinks" in features else inputs)]
+    weight = torch.randn(2, 4, length, dims[1], device="cuda", dtype=torch.float64)
+
+    def ours(q, k, v, sinks=None):
+        options = {"softcap": softcap, "sliding_window": window, "position_ids": positions, "sinks": sinks}
+        return tree_attention(q, k, v, ends, backend=backend, **options)
+
+    def dense(q, k, v, sinks=None):
+        return dense_attention(q, k, v, visible, softcap=softcap, window=window, positions=positions, sinks=sinks)
+
+    exact = everything(dense, [x.detach().double().requires_grad_() for x in leaves], weight)
+    ours, plain = (relative_errors(everything(f, leaves, weight), exact) for f in (ours, dense))
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), ours, plain, strict=False):
+        assert a <= 2 * b, f"{name}: {a:.2e}, plain PyTorch {b:.2e}"
+
+
+def conversation_row(length, turns=12, batch=1):
+    rng = np.random.default_rng(0)
+    tree = TokenTree.from_passes(conversation_passes(rng, turns, 80, 400, 120))
+    row = TokenTree.concat([tree] * (length // len(tree) + 1))
+    return torch.from_numpy(row.subtree_end[:length].clip(max=length)).expand(batch, -1).contiguous().cuda()
+
+
+def test_gradients_are_bitwise_repeatable():
+    ends = conversation_row(8192)
+    q = torch.randn(1, 8, 8192, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(1, 2, 8192, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    grad = torch.randn_like(q)
+
+    def run():
+        out = tree_attention(q, k, v, ends, backend="triton")
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+    first = run()
+    for _ in range(19):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["flex", "triton"])
+def test_memory_grows_linearly(backend):
+    peaks = []
+    for length in (16384, 65536):
+        ends = conversation_row(length)
+        q, k, v = (
+            torch.randn(1, 4, length, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"
+        )
+        tree_attention(q, k, v, ends, backend=backend).sum().backward()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        tree_attention(q, k, v, ends.clone(), backend=backend).sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 4.6 * peaks[0], peaks  # a dense bool mask of the longer row would be 4 GiB by itself
+    assert peaks[1] < 2**30, peaks
+
+
+def test_offsets_beyond_32_bits():
+    """160 heads of 131,072 tokens: 2.7e9 elements in the query; checked on the last head's last tree."""
+    length, heads, size = 131072, 160, 1024
+    place = torch.arange(length, dtype=torch.int32, device="cuda")
+    ends = ((place // size + 1) * size)[None]  # plain sequences of 1,024 tokens
+    q = torch.randn(1, heads, length, 128, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    k, v = (torch.randn(1, 1, length, 128, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    assert q.numel() > 2**31
+    out = tree_attention(q, k, v, ends, backend="triton")
+    tail = [x.detach()[:, -1:, -size:].double().requires_grad_() for x in (q, k, v)]
+    causal = torch.ones(1, size, size, dtype=torch.bool, device="cuda").tril()
+    expected = dense_attention(*tail, causal)
+    torch.testing.assert_close(out[:, -1:, -size:].double(), expected, rtol=0, atol=2e-2)
+    grad = torch.zeros_like(out)
+    grad[:, -1:, -size:] = 1
+    dq, _, dv = torch.autograd.grad(out, (q, k, v), grad)
+    expected_dq, expected_dv = torch.autograd.grad(expected.sum(), (tail[0], tail[2]))
+    torch.testing.assert_close(dq[:, -1:, -size:].double(), expected_dq, rtol=0, atol=2e-2)
+    torch.testing.assert_close(dv[:, :, -size:].double(), expected_dv, rtol=2e-2, atol=2e-2)
+
+
+def test_cuda_graph_replays():
+    ends = conversation_row(2048)
+    q, k, v = (torch.randn(1, 4, 2048, 64, device="cuda", dtype=torch.float16) for _ in "qkv")
+    expected = tree_attention(q, k, v, ends, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = tree_attention(q, k, v, ends, backend="triton")
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.fixture
+def backend(request):
+    flexmask.set_backend(request.param)
+    yield request.param
+    flexmask.set_backend("auto")
+
+
+class Vocabulary:
+    pad_token_id = 0
+
+    def __len__(self):
+        return 512
+
+
+def model_batch():
+    rng = np.random.default_rng(0)
+    trees = [TokenTree.from_passes(conversation_passes(rng, n, 20, 60, 30, 512)) for n in (3, 2)]
+    batch = flexmask.OnePassCollator(Vocabulary())(trees)
+    return {name: tensor.cuda() for name, tensor in batch.items()}
+
+
+@pytest.mark.parametrize("backend", ["flex", "triton"], indirect=True)
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma2", "Gemma3", "GptOss"])
+@pytest.mark.parametrize("way", ["plain", "checkpointing", "autocast", "compiled"])
+def test_models_give_the_losses_and_gradients_of_blockwise(backend, family, way):
+    model, batch = tiny(family, head_dim=16).cuda(), model_batch()
+    flexmask.set_backend("blockwise")
+    expected = model(**batch, use_cache=False).loss
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    flexmask.set_backend(backend)
+    run = model
+    if way == "checkpointing":
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    if way == "compiled":
+        torch._dynamo.reset()
+        run = torch.compile(model, fullgraph=family != "GptOss")  # the library's experts break the graph themselves
+    with torch.autocast("cuda", torch.bfloat16, enabled=way == "autocast"):
+        loss = run(**batch, use_cache=False).loss
+    loss.backward()
+    tolerance = 5e-2 if way == "autocast" else 1e-4
+    torch.testing.assert_close(loss.float(), expected, rtol=tolerance, atol=0)
+    largest = max(g.abs().max() for g in gradients.values())
+    for name, p in model.named_parameters():
+        assert (p.grad - gradients[name]).abs().max() <= 2 * tolerance * largest, name
+
+
+def test_auto_logs_nothing_where_everything_works(caplog):
+    ends = conversation_row(1024)
+    q, k, v = (torch.randn(1, 4, 1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    tree_attention(q, k, v, ends).sum().backward()
+    assert not caplog.records

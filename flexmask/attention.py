@@ -36,7 +36,7 @@ def tree_attention(
         key: (batch, kv_heads, L, head_dim); heads must be a multiple of kv_heads (grouped-query attention).
         value: (batch, kv_heads, L, value_dim).
         subtree_end: int32 (batch, L), one past the last token of the subtree under each token.
-        scale: factor of the scores, default head_dim ** -0.5.
+        scale: factor of the scores, positive; default head_dim ** -0.5.
         softcap: scores become softcap * tanh(scores / softcap), after the scale.
         sliding_window: a query sees ancestors fewer than this many positions before it; needs `position_ids`.
         position_ids: integer (batch, L), or (1, L) for all, the logical position of each token.
@@ -186,8 +186,9 @@ def _check(query, key, value, subtree_end, scale, softcap, sliding_window, posit
         raise ValueError(f"subtree_end has shape {tuple(subtree_end.shape)}, expected ({batch}, {length})")
     if subtree_end.device != query.device:
         raise ValueError(f"subtree_end is on {subtree_end.device}, the query on {query.device}; expected one device")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}, expected a positive number or None")
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and not number > 0:
+            raise ValueError(f"{name} is {number}, expected a positive number or None")
     if sliding_window is not None:
         if sliding_window < 1:
             raise ValueError(f"sliding_window is {sliding_window}, expected at least 1 (the token itself) or None")

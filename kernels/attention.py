@@ -44,7 +44,7 @@ def tree_attention(
         lists: int32, which blocks of keys a block of queries reads, then the transpose: kv_num (batch, 1, n), kv_indices
             (batch, 1, n, n), full_kv_num, full_kv_indices, q_num, q_indices, full_q_num, full_q_indices; n =
             ceil(L / 128).
-        scale: factor of the scores. softcap: scores become softcap * tanh(scores / softcap).
+        scale: factor of the scores, positive. softcap: scores become softcap * tanh(scores / softcap).
         sliding_window: a query sees keys fewer than this many positions before it; needs position_ids, integer (batch, L).
         sinks: (heads,), a score per head that has no value.
 
@@ -123,8 +123,8 @@ def _backward(
     mask = subtree_end, subtree_end if position_ids is None else position_ids
     with _on(query.device):
         delta_kernel[_grid(query, LIST_BLOCK)](
-            out, grad_out, delta, *_strides(out, grad_out), *scalars[:2],
-            VALUE_DIM=constants["VALUE_DIM"], VDIM=constants["VDIM"], BLOCK_M=LIST_BLOCK,
+            out, grad_out, delta, *_strides(out, grad_out), *scalars[:3],
+            VALUE_DIM=constants["VALUE_DIM"], VDIM=constants["VDIM"], LIST_BLOCK=LIST_BLOCK, BLOCK_M=LIST_BLOCK,
         )  # fmt: skip
         dkv_kernel[_grid(key, config.dkv.block_n)](
             query, key, value, grad_out, lse, delta, dk, dv, *mask, *lists[4:],
@@ -148,7 +148,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)  # models want it so
-    return out, query.new_empty(batch, heads, length, dtype=torch.float32)
+    return out, query.new_empty(batch, heads, triton.cdiv(length, LIST_BLOCK) * LIST_BLOCK, dtype=torch.float32)
 
 
 def _empty_gradients(query, key, value, sinks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -189,8 +189,9 @@ def _configs(query: Tensor, value: Tensor) -> Configs:
 
 
 def _grid(x: Tensor, block: int) -> tuple[int, int, int]:
+    """Whole listed blocks: lse and delta are written to their end."""
     batch, heads, length, _ = x.shape
-    return triton.cdiv(length, block), heads, batch
+    return triton.cdiv(length, LIST_BLOCK) * (LIST_BLOCK // block), heads, batch
 
 
 def _strides(*tensors: Tensor) -> list[int]:

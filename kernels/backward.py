@@ -3,33 +3,34 @@
     p = exp(s - lse),  ds = p ∘ (do vᵀ - delta) ∘ softcap',  delta = Σ do ∘ o
     dv = pᵀ do,  dk = scale · dsᵀ q,  dq = scale · ds k                 (FlashAttention-2, arXiv 2307.08691, algorithm 2)
 
-Strides and constants are those of the forward.
+Strides and constants are those of the forward. lse and delta are float32 (batch, heads, blocks · LIST_BLOCK), so that no
+load of them needs a bound.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import load_tile, log2_scores, store_tile
+from .tiles import capped, load_tile, log2_factor, store_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length", "blocks"])
 def delta_kernel(
     out, grad_out, delta,
     out_b, out_h, out_l, grad_b, grad_h, grad_l,
-    heads, length,
-    VALUE_DIM: tl.constexpr, VDIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    heads, length, blocks,
+    VALUE_DIM: tl.constexpr, VDIM: tl.constexpr, LIST_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = Σ do ∘ o for each query, float32."""
+    """delta = Σ do ∘ o for each query, float32, 0 beyond the row."""
     start_m = tl.program_id(0) * BLOCK_M
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o = load_tile(out + batch * out_b + head * out_h, start_m, out_l, length, BLOCK_M, VALUE_DIM, VDIM, True)
     do = load_tile(grad_out + batch * grad_b + head * grad_h, start_m, grad_l, length, BLOCK_M, VALUE_DIM, VDIM, True)
     places = start_m + tl.arange(0, BLOCK_M)
     d = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta + (batch * heads + head) * length + places, d, places < length)
+    tl.store(delta + (batch * heads + head) * blocks * LIST_BLOCK + places, d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length", "blocks", "window"])
 def dkv_kernel(
     query, key, value, grad_out, lse, delta, grad_key, grad_value, subtree_end, position_ids,
     q_num, q_indices, full_q_num, full_q_indices,
@@ -54,43 +55,47 @@ def dkv_kernel(
     v = load_tile(value + batch * value_b + kv_head * value_h, start_n, value_l, length, BLOCK_N, VALUE_DIM, VDIM, True)
     dk = tl.zeros((BLOCK_N, DIM), tl.float32)
     dv = tl.zeros((BLOCK_N, VDIM), tl.float32)
+    factor = log2_factor(scale, softcap, SOFTCAP)
 
     PARTS: tl.constexpr = LIST_BLOCK // BLOCK_M
     line = batch * blocks + start_n // LIST_BLOCK
-    for r in range(0, GROUP):
-        head = kv_head * GROUP + r
-        q_head, do_head = query + batch * query_b + head * query_h, grad_out + batch * grad_b + head * grad_h
-        lse_head, delta_head = lse + (batch * heads + head) * length, delta + (batch * heads + head) * length
-        for PARTIAL in tl.static_range(2):
-            num, indices = full_q_num, full_q_indices
+    for PARTIAL in tl.static_range(2):
+        num, indices = full_q_num, full_q_indices
+        if PARTIAL:
+            num, indices = q_num, q_indices
+        steps = tl.load(num + line) * PARTS
+        per_head = tl.maximum(steps, 1)  # a division by zero would be undefined, even where no step is taken
+        block = tl.load(indices + line * blocks)
+        for i in range(0, GROUP * steps):  # one loop over heads and blocks, so that loads run ahead across heads
+            head = kv_head * GROUP + i // per_head
+            start_m = block * LIST_BLOCK + i % PARTS * BLOCK_M
+            block = tl.load(indices + line * blocks + (i + 1) % per_head // PARTS)  # the next one, as in the forward
+            places = start_m + tl.arange(0, BLOCK_M)
+            of_head = (batch * heads + head) * blocks * LIST_BLOCK
+            q_head, do_head = query + batch * query_b + head * query_h, grad_out + batch * grad_b + head * grad_h
+            q = load_tile(q_head, start_m, query_l, length, BLOCK_M, HEAD_DIM, DIM, RAGGED)
+            x = capped(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, SOFTCAP)
+            # The last block of queries may be full and reach beyond the row: there lse is infinite and p is 0.
+            p = tl.math.exp2(x * factor - tl.load(lse + of_head + places)[None, :])
             if PARTIAL:
-                num, indices = q_num, q_indices
-            for i in range(0, tl.load(num + line) * PARTS):
-                start_m = tl.load(indices + line * blocks + i // PARTS) * LIST_BLOCK + i % PARTS * BLOCK_M
-                places = start_m + tl.arange(0, BLOCK_M)
-                q = load_tile(q_head, start_m, query_l, length, BLOCK_M, HEAD_DIM, DIM, RAGGED)
-                s, slope = log2_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, SOFTCAP)
-                # The last block of queries may be full and reach beyond the row: there p is 0.
-                p = tl.math.exp2(s - tl.load(lse_head + places, places < length, float("inf"))[None, :])
-                if PARTIAL:
-                    visible = (keys[:, None] <= places[None, :]) & (places[None, :] < ends[:, None])
-                    if WINDOW:
-                        positions = tl.load(position_ids + places, places < length, 0)
-                        visible = visible & (positions[None, :] - key_positions[:, None] < window)
-                    p = tl.where(visible, p, 0.0)
-                do = load_tile(do_head, start_m, grad_l, length, BLOCK_M, VALUE_DIM, VDIM, RAGGED)
-                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                ds = p * (dp - tl.load(delta_head + places, places < length, 0.0)[None, :])
-                if SOFTCAP:
-                    ds = ds * slope
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                visible = (keys[:, None] <= places[None, :]) & (places[None, :] < ends[:, None])
+                if WINDOW:
+                    positions = tl.load(position_ids + places, places < length, 0)
+                    visible = visible & (positions[None, :] - key_positions[:, None] < window)
+                p = tl.where(visible, p, 0.0)
+            do = load_tile(do_head, start_m, grad_l, length, BLOCK_M, VALUE_DIM, VDIM, RAGGED)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            ds = p * (dp - tl.load(delta + of_head + places)[None, :])
+            if SOFTCAP:
+                ds = ds * (1 - x * x)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     store_tile(grad_key + batch * dk_b + kv_head * dk_h, start_n, dk_l, length, dk * scale, BLOCK_N, HEAD_DIM, DIM)
     store_tile(grad_value + batch * dv_b + kv_head * dv_h, start_n, dv_l, length, dv, BLOCK_N, VALUE_DIM, VDIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length", "blocks", "window"])
 def dq_kernel(
     query, key, value, grad_out, lse, delta, grad_query, subtree_end, position_ids,
     kv_num, kv_indices, full_kv_num, full_kv_indices,
@@ -113,9 +118,10 @@ def dq_kernel(
         positions = tl.load(position_ids + places, places < length, 0)
     q = load_tile(query + batch * query_b + head * query_h, start_m, query_l, length, BLOCK_M, HEAD_DIM, DIM, True)
     do = load_tile(grad_out + batch * grad_b + head * grad_h, start_m, grad_l, length, BLOCK_M, VALUE_DIM, VDIM, True)
-    log_sum = tl.load(lse + (batch * heads + head) * length + places, places < length, float("inf"))[:, None]
-    d = tl.load(delta + (batch * heads + head) * length + places, places < length, 0.0)[:, None]
+    of_head = (batch * heads + head) * blocks * LIST_BLOCK
+    log_sum, d = tl.load(lse + of_head + places)[:, None], tl.load(delta + of_head + places)[:, None]
     dq = tl.zeros((BLOCK_M, DIM), tl.float32)
+    factor = log2_factor(scale, softcap, SOFTCAP)
 
     PARTS: tl.constexpr = LIST_BLOCK // BLOCK_N
     line = batch * blocks + start_m // LIST_BLOCK
@@ -123,11 +129,14 @@ def dq_kernel(
         num, indices = full_kv_num, full_kv_indices
         if PARTIAL:
             num, indices = kv_num, kv_indices
-        for i in range(0, tl.load(num + line) * PARTS):
-            start_n = tl.load(indices + line * blocks + i // PARTS) * LIST_BLOCK + i % PARTS * BLOCK_N
+        steps = tl.load(num + line) * PARTS
+        block = tl.load(indices + line * blocks)
+        for i in range(0, steps):
+            start_n = block * LIST_BLOCK + i % PARTS * BLOCK_N
+            block = tl.load(indices + line * blocks + tl.minimum(i + 1, steps - 1) // PARTS)
             k = load_tile(key, start_n, key_l, length, BLOCK_N, HEAD_DIM, DIM, PARTIAL and RAGGED)
-            s, slope = log2_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
-            p = tl.math.exp2(s - log_sum)
+            x = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+            p = tl.math.exp2(x * factor - log_sum)
             if PARTIAL:
                 keys = start_n + tl.arange(0, BLOCK_N)
                 ends = tl.load(subtree_end + keys, keys < length, 0)
@@ -139,7 +148,7 @@ def dq_kernel(
             v = load_tile(value, start_n, value_l, length, BLOCK_N, VALUE_DIM, VDIM, PARTIAL and RAGGED)
             ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - d)
             if SOFTCAP:
-                ds = ds * slope
+                ds = ds * (1 - x * x)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     dq_head = grad_query + batch * dq_b + head * dq_h

@@ -1,16 +1,18 @@
 """Compile every pinned configuration ahead of time, without a GPU, and show what it takes: `make kernels-check`.
 
-Per kernel, chip, dtype and head size: shared memory against what a block may have, registers per thread, bytes spilled
-to local memory, and the tensor-core instruction used. Exit code 1 if one does not fit, runs without tensor cores, or
-spills in a plain forward of head size up to 128.
+Per kernel, chip, dtype and head size: shared memory against what a block may have, columns of tensor memory (10.0),
+registers per thread, bytes spilled to local memory, and the tensor-core instruction used. Exit code 1 if one does not
+fit, runs without tensor cores, or spills in a plain forward of head size up to 128.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,6 +30,7 @@ KERNELS = {"forward": forward_kernel, "dkv": dkv_kernel, "dq": dq_kernel}
 # Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability"); of the chips that share a row of the table, the smallest.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+TENSOR_MEMORY = 512  # columns of an SM (PTX ISA, "Tensor Memory")
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -36,6 +39,7 @@ class Usage:
     """What one compiled kernel takes of a chip."""
 
     shared: int  # bytes per block
+    tensor_memory: int  # columns per block
     registers: int  # per thread
     spilled: int  # bytes of stack per thread
     tensor_cores: str  # the instruction, or "-"
@@ -66,7 +70,8 @@ def usage(kernel, config: Config, arch: int, dtype: torch.dtype, head_dim: int, 
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     instruction = next((x for x in ("wgmma", "tcgen05.mma", "mma.sync") if x in ptx), "-")
-    return Usage(compiled.metadata.shared, *_registers(compiled.asm["cubin"]), instruction)
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Usage(compiled.metadata.shared, tensor_memory, *_registers(compiled.asm["cubin"]), instruction)
 
 
 def _type(name: str, dtype: str) -> str:
@@ -91,30 +96,40 @@ def _registers(cubin: bytes) -> tuple[int, int]:
 FEATURES = {"plain": {}, "all": {"RAGGED": True, "SINKS": True, "SOFTCAP": True, "WINDOW": True}}
 
 
+def check(arch: int, wide: bool, size: int, name: str, features: str) -> tuple[str, bool]:
+    """One line of the table, and whether the configuration holds."""
+    config, dtype = getattr(TABLE[arch, wide][size], name), torch.float32 if wide else torch.bfloat16
+    found = usage(KERNELS[name], config, arch, dtype, size, size, **FEATURES[features])
+    fits = found.shared <= SHARED_MEMORY[arch] and found.tensor_memory <= TENSOR_MEMORY
+    wrong = "" if fits else "  DOES NOT FIT"
+    if name == "forward" and size <= 128 and found.spilled and features == "plain":
+        wrong += "  SPILLS"
+    if found.tensor_cores == "-" or (arch == 90 and not wide and found.tensor_cores != "wgmma"):
+        wrong += "  WITHOUT TENSOR CORES"
+    line = (
+        f"{arch:>4}  {NAMES[dtype]:>5}  {size:>9}  {name:<7}  {config.block_m:>4} x {config.block_n:<3} "
+        f"{config.num_warps:>6} {config.num_stages:>7}  {features:<8}  {found.shared / 1024:>6.1f}"
+        f" {SHARED_MEMORY[arch] // 1024:>6}  {found.tensor_memory:>11}  {found.registers:>9}  {found.spilled:>7}  {found.tensor_cores}{wrong}"
+    )
+    return line, not wrong
+
+
 def main() -> int:
     print(f"triton {triton.__version__}; GQA of 4; features: all = soft-cap, window, sinks, a length of any size")
     print(
-        "arch  dtype  head size  kernel   tile m x n  warps  stages  features  shared KiB of  registers  spilled  uses"
+        "arch  dtype  head size  kernel   tile m x n  warps  stages  features  shared KiB of  tensor mem.  registers  spilled  uses"
     )
+    cases = [
+        (*row, size, name, features)
+        for row, sizes in TABLE.items()
+        for size, name, features in product(sizes, KERNELS, FEATURES)
+    ]
     failed = 0
-    for (arch, wide), sizes in TABLE.items():
-        dtype, limit = torch.float32 if wide else torch.bfloat16, SHARED_MEMORY[arch]
-        for (size, configs), (name, kernel), features in product(sizes.items(), KERNELS.items(), FEATURES):
-            config = getattr(configs, name)
-            found = usage(kernel, config, arch, dtype, size, size, **FEATURES[features])
-            wrong = "" if found.shared <= limit else "  DOES NOT FIT"
-            if name == "forward" and size <= 128 and found.spilled and features == "plain":
-                wrong += "  SPILLS"
-            if found.tensor_cores == "-" or (arch == 90 and not wide and found.tensor_cores != "wgmma"):
-                wrong += "  WITHOUT TENSOR CORES"
-            failed += bool(wrong)
-            print(
-                f"{arch:>4}  {NAMES[dtype]:>5}  {size:>9}  {name:<7}  {config.block_m:>4} x {config.block_n:<3} "
-                f"{config.num_warps:>6} {config.num_stages:>7}  {features:<8}  {found.shared / 1024:>6.1f} {limit // 1024:>6}"
-                f"  {found.registers:>9}  {found.spilled:>7}  {found.tensor_cores}{wrong}",
-                flush=True,
-            )
-    print(f"{failed} configurations do not hold" if failed else "every configuration holds")
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:  # PyTorch has threads
+        for line, holds in pool.map(check, *zip(*cases)):
+            print(line, flush=True)
+            failed += not holds
+    print(f"{failed} of {len(cases)} do not hold" if failed else f"all {len(cases)} hold")
     return int(failed > 0)
 
 

@@ -64,32 +64,34 @@ def configs(capability: tuple[int, int], dim: int, dtype: torch.dtype) -> Config
     return TABLE[architecture(capability), wide][size]
 
 
-# (row, float32?) -> head size up to -> configuration. No GPU has timed any of these yet (timed_on is None everywhere):
-# each is the largest tile that `make kernels-check` shows to fit into shared memory with few or no spills, because a
-# larger tile reads less and feeds the tensor cores better. benchmarks/kernel_configs.py times the candidates.
+# (row, float32?) -> head size up to -> configuration. No GPU has timed any of these yet (timed_on is None everywhere).
+# Each is the largest tile that `make kernels-check` shows to fit with few or no spills, because a larger tile reads less
+# and feeds the tensor cores better; then three stages where they fit, because with two the next tile is asked for at the
+# end of a step and waited for at the start of the next. benchmarks/kernel_configs.py times the candidates.
 TABLE = {
     # 8.0, 8.7: 163 KiB of shared memory. Two warps share a row of mma.sync fragments, so 64 x 64 fills the registers.
     (80, False): {
-        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
-        128: Configs(Config(64, 64, 4, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        128: Configs(Config(64, 64, 4, 3), Config(64, 64, 8, 3), Config(64, 64, 8, 3)),
         256: Configs(Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(64, 64, 8, 2)),
     },
-    # 9.0: 227 KiB. wgmma wants 64 lines per warp group, so 128 with 8 warps; a backward of 64 x 128 spills 72 bytes at
-    # head size 128, and half of its queries would halve the width of its products.
+    # 9.0: 227 KiB. wgmma wants 64 lines per warp group, so 128 with 8 warps; dK/dV of 64 x 128 spills 64 bytes at head
+    # size 128, and half of its queries would halve the width of its products.
     (90, False): {
-        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
-        128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 3)),
-        256: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(128, 32, 8, 2)),
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        256: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(128, 32, 8, 3)),
     },
-    # 10.x, 11.0: 227 KiB. tcgen05 accumulates in tensor memory, but what is done to scores passes through registers.
+    # 10.x, 11.0: 227 KiB, and 512 columns of tensor memory, where tcgen05 accumulates; what is done to scores passes
+    # through registers.
     (100, False): {
-        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
-        128: Configs(Config(128, 64, 8, 3), Config(32, 64, 8, 2), Config(128, 64, 8, 2)),
-        256: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(128, 32, 8, 2)),
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        256: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 3), Config(128, 32, 8, 2)),
     },
     # 8.6, 8.9, 12.x: 99 KiB, otherwise as 8.0.
     (120, False): {
-        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
         128: Configs(Config(64, 32, 4, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
         256: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     },

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E, LOWEST, load_tile, log2_scores, store_tile
+from .tiles import LOG2_E, LOWEST, capped, load_tile, log2_factor, store_tile
 
 
-@triton.jit
+# One compilation serves every length. Strides stay specialised: their divisibility decides the width of loads.
+@triton.jit(do_not_specialize=["heads", "length", "blocks", "window"])
 def forward_kernel(
     query, key, value, out, lse, subtree_end, position_ids, sinks,
     kv_num, kv_indices, full_kv_num, full_kv_indices,
@@ -20,11 +21,12 @@ def forward_kernel(
     RAGGED: tl.constexpr,  # length is no multiple of LIST_BLOCK
     SINKS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o = softmax(s) v and lse = log2 Σ exp s with s = softcap(scale · q kᵀ), online over key blocks.
+    """o = softmax(s) v and lse = log2 Σ exp s with s = softcap(scale · q kᵀ), online over key blocks; scale > 0.
 
     (FlashAttention-2, arXiv 2307.08691, algorithm 1.) A program owns BLOCK_M queries of one head and walks the key
     blocks that its block of queries lists: first the full ones, without any mask code, then the partial ones, with the
     mask. Empty blocks are in neither list. A sink is a score without a value: it starts the running maximum and sum.
+    lse is float32 (batch, heads, blocks · LIST_BLOCK), infinite beyond the row.
     """
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last queries read most, so they start first
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -43,6 +45,7 @@ def forward_kernel(
         top = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2_E
         total += 1.0
     o = tl.zeros((BLOCK_M, VDIM), tl.float32)
+    factor = log2_factor(scale, softcap, SOFTCAP)
 
     PARTS: tl.constexpr = LIST_BLOCK // BLOCK_N
     line = batch * blocks + start_m // LIST_BLOCK
@@ -50,11 +53,16 @@ def forward_kernel(
         num, indices = full_kv_num, full_kv_indices
         if PARTIAL:
             num, indices = kv_num, kv_indices
-        for i in range(0, tl.load(num + line) * PARTS):
-            start_n = tl.load(indices + line * blocks + i // PARTS) * LIST_BLOCK + i % PARTS * BLOCK_N
+        steps = tl.load(num + line) * PARTS
+        block = tl.load(indices + line * blocks)
+        for i in range(0, steps):
+            start_n = block * LIST_BLOCK + i % PARTS * BLOCK_N
+            # The next one. Loaded in the step that needs it, the index would halve the distance at which the compiler
+            # loads tiles ahead, because it would have two loads in a row to cover.
+            block = tl.load(indices + line * blocks + tl.minimum(i + 1, steps - 1) // PARTS)
             # A full block lies left of the diagonal, so all its keys exist.
             k = load_tile(key, start_n, key_l, length, BLOCK_N, HEAD_DIM, DIM, PARTIAL and RAGGED)
-            s, _ = log2_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+            x = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
             if PARTIAL:
                 keys = start_n + tl.arange(0, BLOCK_N)
                 ends = tl.load(subtree_end + keys, keys < length, 0)
@@ -62,9 +70,9 @@ def forward_kernel(
                 if WINDOW:
                     key_positions = tl.load(position_ids + keys, keys < length, 0)
                     visible = visible & (positions[:, None] - key_positions[None, :] < window)
-                s = tl.where(visible, s, -float("inf"))
-            new_top = tl.maximum(top, tl.max(s, 1))
-            p = tl.math.exp2(s - new_top[:, None])
+                x = tl.where(visible, x, -float("inf"))
+            new_top = tl.maximum(top, tl.max(x, 1) * factor)  # factor > 0
+            p = tl.math.exp2(x * factor - new_top[:, None])
             shrink = tl.math.exp2(top - new_top)
             v = load_tile(value, start_n, value_l, length, BLOCK_N, VALUE_DIM, VDIM, PARTIAL and RAGGED)
             o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
@@ -73,4 +81,5 @@ def forward_kernel(
 
     out += batch * out_b + head * out_h
     store_tile(out, start_m, out_l, length, o / total[:, None], BLOCK_M, VALUE_DIM, VDIM)
-    tl.store(lse + (batch * heads + head) * length + places, top + tl.math.log2(total), places < length)
+    log_sum = tl.where(places < length, top + tl.math.log2(total), float("inf"))
+    tl.store(lse + (batch * heads + head) * blocks * LIST_BLOCK + places, log_sum)

@@ -45,11 +45,13 @@ def tanh(x):
 
 
 @triton.jit
-def log2_scores(qk, scale, softcap, SOFTCAP: tl.constexpr):
-    """Scores in units of log 2, so that their exponential is exp2; and the derivative of the soft-cap (1 without)."""
-    if SOFTCAP:
-        t = tanh(qk * (scale / softcap))
-        s, slope = t * (softcap * LOG2_E), 1 - t * t
-    else:
-        s, slope = qk * (scale * LOG2_E), 1.0
-    return s, slope
+def capped(qk, scale, softcap, SOFTCAP: tl.constexpr):
+    """Products of queries and keys -> x with scores = x · (softcap or scale). The derivative of the cap is 1 - x²."""
+    return tanh(qk * (scale / softcap)) if SOFTCAP else qk
+
+
+@triton.jit
+def log2_factor(scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in units of log 2, whose exponential is exp2, are `capped(…)` times this. One multiply-add then takes them
+    and subtracts their maximum or their log-sum-exp."""
+    return (softcap if SOFTCAP else scale) * LOG2_E

@@ -414,6 +414,7 @@ x8 = torch.zeros(1, 2, 8, 4)
         ({"subtree_end": ends_of_8 + 1}, ValueError, "expected an end in 1..8"),
         ({"subtree_end": torch.tensor([[2, 3, 3, 8, 8, 8, 8, 8]], dtype=torch.int32)}, ValueError, "never cross"),
         ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
+        ({"scale": 0.0}, ValueError, "scale is 0.0, expected a positive number"),
         ({"sliding_window": 0}, ValueError, "sliding_window is 0"),
         ({"sliding_window": 4}, ValueError, "needs position_ids"),
         ({"sliding_window": 4, "position_ids": torch.zeros(1, 8)}, ValueError, "position_ids is torch.float32"),

@@ -39,9 +39,12 @@ TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3}
 
 
 @pytest.fixture(autouse=True)
-def quiet_interpreter():
+def unwritten_is_nan():
+    """Whatever a kernel should have written and has not is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
     with np.errstate(divide="ignore", invalid="ignore"):  # rows beyond the end, which are not stored
         yield
+    torch.use_deterministic_algorithms(False)
 
 
 def use_tiles(patch, m, n):
@@ -146,6 +149,15 @@ def test_rows_of_nothing_but_padding(monkeypatch):
     ends = torch.stack([places + 1, torch.full((200,), 200)]).to(torch.int32)
     causal = places[None] <= places[:, None]
     check(inputs, ends, places.expand(2, -1), torch.stack([torch.eye(200, dtype=torch.bool), causal]))
+
+
+def test_a_full_tile_that_reaches_beyond_the_row(monkeypatch):
+    """One plain sequence: queries 128 to 129 are a full tile against the first keys, cut into tiles that hold none."""
+    use_tiles(monkeypatch, 32, 64)
+    *inputs, _, _, _, _ = problem(3, 130, heads=2, dim=16, value_dim=16, dtype=torch.float32)
+    places = torch.arange(130)
+    causal = (places[None] <= places[:, None])[None]
+    check(inputs, torch.full((1, 130), 130, dtype=torch.int32), places[None], causal)
 
 
 def test_strided_inputs_as_transformers_hands_them_over(monkeypatch):

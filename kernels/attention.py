@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from .backward import delta_kernel, dkv_kernel, dq_kernel
-from .configs import LIST_BLOCK, PRECISION, Configs, configs
+from .configs import DELTA, LIST_BLOCK, PRECISION, Configs, configs
 from .forward import forward_kernel
 from .tiles import LOG2_E
 
@@ -122,9 +122,10 @@ def _backward(
     scalars = _scalars(query, lists, scale, softcap, sliding_window)
     mask = subtree_end, subtree_end if position_ids is None else position_ids
     with _on(query.device):
-        delta_kernel[_grid(query, LIST_BLOCK)](
+        delta_kernel[_grid(query, DELTA.block_m)](
             out, grad_out, delta, *_strides(out, grad_out), *scalars[:3],
-            VALUE_DIM=constants["VALUE_DIM"], VDIM=constants["VDIM"], LIST_BLOCK=LIST_BLOCK, BLOCK_M=LIST_BLOCK,
+            VALUE_DIM=constants["VALUE_DIM"], VDIM=constants["VDIM"], LIST_BLOCK=LIST_BLOCK, BLOCK_M=DELTA.block_m,
+            num_warps=DELTA.num_warps,
         )  # fmt: skip
         dkv_kernel[_grid(key, config.dkv.block_n)](
             query, key, value, grad_out, lse, delta, dk, dv, *mask, *lists[4:],

@@ -22,11 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .backward import dkv_kernel, dq_kernel
-from .configs import LIST_BLOCK, PRECISION, TABLE, Config
+from .backward import delta_kernel, dkv_kernel, dq_kernel
+from .configs import DELTA, LIST_BLOCK, PRECISION, TABLE, Config
 from .forward import forward_kernel
 
-KERNELS = {"forward": forward_kernel, "dkv": dkv_kernel, "dq": dq_kernel}
+KERNELS = {"forward": forward_kernel, "delta": delta_kernel, "dkv": dkv_kernel, "dq": dq_kernel}
 # Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability"); of the chips that share a row of the table, the smallest.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -45,8 +45,8 @@ class Usage:
     tensor_cores: str  # the instruction, or "-"
 
 
-def usage(kernel, config: Config, arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, **features) -> Usage:
-    """Compile a kernel for a chip that need not be there.
+def compile_ahead(kernel, config: Config, arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, **features):
+    """Compile a kernel for a chip that need not be there -> Triton's CompiledKernel.
 
     Raises:
         Whatever the compiler raises.
@@ -67,7 +67,10 @@ def usage(kernel, config: Config, arch: int, dtype: torch.dtype, head_dim: int, 
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def usage(compiled) -> Usage:
     ptx = compiled.asm["ptx"]
     instruction = next((x for x in ("wgmma", "tcgen05.mma", "mma.sync") if x in ptx), "-")
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -96,33 +99,42 @@ def _registers(cubin: bytes) -> tuple[int, int]:
 FEATURES = {"plain": {}, "all": {"RAGGED": True, "SINKS": True, "SOFTCAP": True, "WINDOW": True}}
 
 
+HEADINGS = (
+    "arch", "dtype", "head size", "kernel", "m x n", "warps", "stages", "features", "shared KiB", "tensor memory",
+    "registers", "spilled", "uses",
+)  # fmt: skip
+LINE = "{:>4}  {:>5}  {:>9}  {:<7}  {:>9}  {:>5}  {:>6}  {:<8}  {:>12}  {:>13}  {:>9}  {:>7}  {}"
+
+
 def check(arch: int, wide: bool, size: int, name: str, features: str) -> tuple[str, bool]:
     """One line of the table, and whether the configuration holds."""
-    config, dtype = getattr(TABLE[arch, wide][size], name), torch.float32 if wide else torch.bfloat16
-    found = usage(KERNELS[name], config, arch, dtype, size, size, **FEATURES[features])
+    config = DELTA if name == "delta" else getattr(TABLE[arch, wide][size], name)
+    dtype = torch.float32 if wide else torch.bfloat16
+    found = usage(compile_ahead(KERNELS[name], config, arch, dtype, size, size, **FEATURES[features]))
     fits = found.shared <= SHARED_MEMORY[arch] and found.tensor_memory <= TENSOR_MEMORY
     wrong = "" if fits else "  DOES NOT FIT"
     if name == "forward" and size <= 128 and found.spilled and features == "plain":
         wrong += "  SPILLS"
-    if found.tensor_cores == "-" or (arch == 90 and not wide and found.tensor_cores != "wgmma"):
+    if name == "delta":
+        pass  # no products
+    elif found.tensor_cores == "-" or (arch == 90 and not wide and found.tensor_cores != "wgmma"):
         wrong += "  WITHOUT TENSOR CORES"
-    line = (
-        f"{arch:>4}  {NAMES[dtype]:>5}  {size:>9}  {name:<7}  {config.block_m:>4} x {config.block_n:<3} "
-        f"{config.num_warps:>6} {config.num_stages:>7}  {features:<8}  {found.shared / 1024:>6.1f}"
-        f" {SHARED_MEMORY[arch] // 1024:>6}  {found.tensor_memory:>11}  {found.registers:>9}  {found.spilled:>7}  {found.tensor_cores}{wrong}"
-    )
-    return line, not wrong
+    cells = (
+        arch, NAMES[dtype], size, name, f"{config.block_m} x {config.block_n}", config.num_warps, config.num_stages,
+        features, f"{found.shared / 1024:.1f} of {SHARED_MEMORY[arch] // 1024}", found.tensor_memory, found.registers,
+        found.spilled,
+    )  # fmt: skip
+    return LINE.format(*cells, found.tensor_cores + wrong), not wrong
 
 
 def main() -> int:
     print(f"triton {triton.__version__}; GQA of 4; features: all = soft-cap, window, sinks, a length of any size")
-    print(
-        "arch  dtype  head size  kernel   tile m x n  warps  stages  features  shared KiB of  tensor mem.  registers  spilled  uses"
-    )
+    print(LINE.format(*HEADINGS))
     cases = [
         (*row, size, name, features)
         for row, sizes in TABLE.items()
         for size, name, features in product(sizes, KERNELS, FEATURES)
+        if name != "delta" or features == "plain"  # it knows none
     ]
     failed = 0
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:  # PyTorch has threads

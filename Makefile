@@ -26,7 +26,7 @@ build/gpu/flexmask_kernels:
 	mkdir -p build/gpu && ln -sfn $(CURDIR)/kernels $@
 
 gpu-test: build/gpu/flexmask_kernels  ## the tests that need a GPU, and the kernel tests on it
-	$(GPU) -m pytest tests/test_cuda.py tests/test_kernels.py
+	$(GPU) -m pytest tests/test_cuda.py tests/test_kernels.py tests/test_backends_in_models.py
 
 gpu-bench: build/gpu/flexmask_kernels  ## attention against FlexAttention and SDPA, and the tile sizes; into benchmarks/results
 	$(GPU) benchmarks/gpu_attention.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 
 import torch
 from torch import Tensor
@@ -150,9 +151,11 @@ def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) 
 
 
 def _is_compilation_error(error: Exception) -> bool:
-    """Of dynamo, inductor or Triton: also a kernel that needs more shared memory than the device has."""
-    return any(
-        cls.__module__.startswith(("torch._dynamo.", "torch._inductor.", "triton.")) for cls in type(error).__mro__
+    """Of dynamo, inductor or Triton: also a kernel that needs more shared memory than the device has, or no C compiler."""
+    classes = (cls.__module__ for cls in type(error).__mro__)
+    frames = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith(("torch._dynamo.", "torch._inductor.", "triton.")) for name in classes) or (
+        "triton.runtime.build" in frames  # where it calls gcc, and raises what Python has
     )
 
 

@@ -5,6 +5,7 @@ The interpreter is wrong in bfloat16 (Triton's own limitation), so that dtype is
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -18,7 +19,10 @@ from hypothesis import strategies as st
 from reference import conversation_passes, dense_attention, forest
 from test_attention import close, problem
 
+import flexmask.attention
 from flexmask import TokenTree, tree_attention
+from flexmask.backends import blockwise
+from flexmask.backends import triton as triton_backend
 from flexmask.mask import block_lists
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need Triton, which this platform does not have")
@@ -52,13 +56,13 @@ def use_tiles(patch, m, n):
     patch.setattr(kernels, "configs", lambda *_: Configs(config, config, config))
 
 
-def check(inputs, ends, positions, visible, *, window=None, softcap=None, sinks=None, scale=None):
+def check(inputs, ends, positions, visible, *, window=None, softcap=None, sinks=None, scale=None, backend="triton"):
     """Output and gradients of the kernels against dense attention in float64."""
     options = {"softcap": softcap, "scale": scale}
     leaves = [*inputs, sinks] if sinks is not None else [*inputs]
     ours = [x.detach().to(DEVICE).requires_grad_() for x in leaves]
     found = tree_attention(
-        *ours[:3], ends.to(DEVICE), sliding_window=window, position_ids=positions.to(DEVICE), backend="triton",
+        *ours[:3], ends.to(DEVICE), sliding_window=window, position_ids=positions.to(DEVICE), backend=backend,
         sinks=ours[3] if sinks is not None else None, **options,
     )  # fmt: skip
     assert found.dtype == inputs[0].dtype and found.transpose(1, 2).is_contiguous()
@@ -224,6 +228,69 @@ def _parents(tree):
         parent[k] = path[-1] if path else -1
         path.append(k)
     return parent
+
+
+def no_c_compiler():
+    """What Triton itself does where gcc is missing, under FlexAttention or alone: a plain RuntimeError."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")
+        patch.delenv("CC", raising=False)
+        triton.runtime.build._build("driver", "", "", [], [], [], [])
+
+
+def no_valid_choices():
+    from torch._inductor import select_algorithm
+
+    raise select_algorithm.NoValidChoicesError("No choices to select")
+
+
+def out_of_shared_memory():
+    raise triton.runtime.errors.OutOfResources(280_000, 232_448, "shared memory")
+
+
+@pytest.mark.parametrize("fault", [no_c_compiler, no_valid_choices, out_of_shared_memory])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_auto_goes_from_flex_to_triton(fault, where, monkeypatch, caplog):
+    """FlexAttention fails: said once with the reason, the same result from our kernels."""
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone() if where == "backward" else fault()
+
+        @staticmethod
+        def backward(ctx, grad):
+            fault()
+
+    def flex(*args, **kwargs):
+        return Fails.apply(blockwise.attention(*args, **kwargs))
+
+    used = []
+    monkeypatch.setitem(flexmask.attention.BACKENDS, "flex", flex)
+    monkeypatch.setitem(
+        flexmask.attention.BACKENDS, "triton", lambda *a, **k: used.append(1) or triton_backend.attention(*a, **k)
+    )
+    for name, value in (("_broken", {}), ("_probed", {}), ("_ELSEWHERE", flexmask.attention._ON_CUDA)):
+        monkeypatch.setattr(flexmask.attention, name, value)
+    use_tiles(monkeypatch, 128, 128)
+    *inputs, _, ends, positions, visible = problem(6, 64, heads=2, dim=16, value_dim=16, dtype=torch.float32)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            check(inputs, ends, positions, visible, backend="auto")
+    assert len(used) == 3, "two calls and a probe"
+    message = caplog.messages[0]
+    assert len(caplog.messages) == 1 and "'flex' failed" in message
+    assert any(reason in message for reason in ("C compiler", "No choices", "out of resource: shared memory"))
+
+
+@pytest.mark.parametrize("length", [1, 17, 113, 127, 129, 1023])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_awkward_lengths_with_every_feature(length, dtype, monkeypatch):
+    use_tiles(monkeypatch, 128, 128)
+    *inputs, s, ends, positions, visible = problem(
+        length, length, batch=2, heads=2, kv_heads=1, dim=16, value_dim=24, dtype=dtype
+    )
+    check(inputs, ends, positions, visible, window=50, softcap=1.5, sinks=s)
 
 
 def test_operators_satisfy_pytorch(monkeypatch):

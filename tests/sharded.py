@@ -1,0 +1,26 @@
+"""Run by test_backends_in_models.py under torchrun: gradients of a model under FSDP2 on the Triton kernels, to a file."""
+
+import sys
+
+import torch
+from models import tiny
+from test_backends_in_models import batch_of
+from torch.distributed.fsdp import fully_shard
+
+import flexmask
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    flexmask.set_backend("triton")
+    model = tiny("Qwen3", head_dim=16)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(**batch_of((rank + 1,))).loss.backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    if rank == 0:
+        torch.save(gradients, sys.argv[1])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # threads of the group would abort the process at exit, now and then

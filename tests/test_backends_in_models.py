@@ -1,0 +1,83 @@
+"""Whole models on FlexAttention and the Triton kernels against the same models on `blockwise`, in every way people run one.
+
+On a GPU both; elsewhere the Triton kernels alone, in Triton's interpreter.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import tiny
+from reference import conversation_passes
+from test_transformers import Vocabulary
+
+import flexmask
+from flexmask import OnePassCollator, TokenTree
+
+pytest.importorskip("triton", reason="the Triton kernels need Triton, which this platform does not have")
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+@pytest.fixture(params=["flex", "triton"] if CUDA else ["triton"])
+def backend(request):
+    yield request.param
+    flexmask.set_backend("auto")
+
+
+def batch_of(turns) -> dict:
+    rng = np.random.default_rng(0)
+    trees = [TokenTree.from_passes(conversation_passes(rng, n, 20, 60, 30, 512)) for n in turns]
+    return {name: tensor.to(DEVICE) for name, tensor in OnePassCollator(Vocabulary())(trees).items()}
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma2", "Gemma3", "GptOss"])
+@pytest.mark.parametrize("way", ["plain", "checkpointing", "autocast", "compiled"])
+def test_losses_and_gradients_are_those_of_blockwise(backend, family, way):
+    model, batch = tiny(family, head_dim=16).to(DEVICE), batch_of((3, 2) if CUDA else (2,))
+    flexmask.set_backend("blockwise")
+    expected = model(**batch, use_cache=False).loss
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    flexmask.set_backend(backend)
+    run = model
+    if way == "checkpointing":
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    if way == "compiled":
+        torch._dynamo.reset()
+        # Without a GPU the graph is run as it was traced. The library's experts of gpt-oss break the graph themselves.
+        run = torch.compile(model, fullgraph=family != "GptOss", backend="inductor" if CUDA else "aot_eager")
+    dtype = torch.bfloat16 if CUDA else torch.float16  # the interpreter has no right bfloat16
+    with torch.autocast(DEVICE, dtype, enabled=way == "autocast"):
+        loss = run(**batch, use_cache=False).loss
+    loss.backward()
+    tolerance = 5e-2 if way == "autocast" else 1e-4
+    torch.testing.assert_close(loss.float(), expected, rtol=tolerance, atol=0)
+    largest = max(g.abs().max() for g in gradients.values())
+    for name, p in model.named_parameters():
+        assert (p.grad - gradients[name]).abs().max() <= 2 * tolerance * largest, name
+
+
+@pytest.mark.skipif(CUDA, reason="needs two devices on CUDA; two processes share one CPU")
+def test_fsdp2(tmp_path):
+    """Sharded over two processes, the mean gradient of two batches is that of one process."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    run = subprocess.run(
+        [*command, str(here / "sharded.py"), str(tmp_path / "gradients.pt")], env=environment, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    model = tiny("Qwen3", head_dim=16)
+    flexmask.set_backend("blockwise")
+    (sum(model(**batch_of((turns,))).loss for turns in (1, 2)) / 2).backward()
+    flexmask.set_backend("auto")
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)

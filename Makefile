@@ -19,14 +19,15 @@ test: $(VENV)/.installed  ## the whole test suite
 kernels-check: $(VENV)/.installed  ## compile every kernel configuration ahead of time, for GPUs that need not be here
 	$(BIN)/python -m flexmask_kernels.check
 
-# On a machine with a GPU, its own Python and no network: nothing is installed.
+# On a machine with a GPU, its own Python and no network: nothing is installed. Most of the time goes into compiling.
+GPU_WORKERS ?= 8
 GPU := PYTHONPATH=$(CURDIR):$(CURDIR)/build/gpu:$(CURDIR)/tests:$(CURDIR)/benchmarks $(PYTHON)
 
 build/gpu/flexmask_kernels:
 	mkdir -p build/gpu && ln -sfn $(CURDIR)/kernels $@
 
 gpu-test: build/gpu/flexmask_kernels  ## the tests that need a GPU, and the kernel tests on it
-	$(GPU) -m pytest tests/test_cuda.py tests/test_kernels.py tests/test_backends_in_models.py
+	$(GPU) -m pytest -n $(GPU_WORKERS) tests/test_cuda.py tests/test_kernels.py tests/test_backends_in_models.py
 
 gpu-bench: build/gpu/flexmask_kernels  ## attention against FlexAttention and SDPA, and the tile sizes; into benchmarks/results
 	$(GPU) benchmarks/gpu_attention.py

@@ -4,6 +4,9 @@ python benchmarks/kernel_configs.py --head_dim 128
 """
 
 import argparse
+import contextlib
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, replace
 from itertools import product
 
@@ -16,9 +19,28 @@ from triton.testing import do_bench
 
 from flexmask import tree_attention
 
-CANDIDATES = [
-    Config(m, n, w, s) for m, n, w, s in product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)) if m + n > 64
-]
+CANDIDATES = [Config(m, n, w, s) for m, n, w, s in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)) if m + n > 64]
+
+
+def inputs(length: int, args: argparse.Namespace) -> list[torch.Tensor]:
+    """q, k and v as models hand them over."""
+    return [
+        torch.randn(1, length, heads, args.head_dim, device="cuda", dtype=getattr(torch, args.dtype))
+        .transpose(1, 2)
+        .requires_grad_()
+        for heads in (args.heads, args.kv_heads, args.kv_heads)
+    ]
+
+
+def compile_one(config: Config, args: argparse.Namespace) -> None:
+    """Put all three kernels with this configuration into Triton's cache, from a process of its own."""
+    for kernel in ("forward", "dkv", "dq"):
+        pinned = configs(torch.cuda.get_device_capability(), args.head_dim, getattr(torch, args.dtype))
+        chosen = replace(pinned, **{kernel: config})
+        kernels.configs = lambda *_, chosen=chosen: chosen
+        with contextlib.suppress(Exception):  # does not fit; the timing says so
+            ends = torch.full((1, 256), 256, dtype=torch.int32, device="cuda")
+            tree_attention(*inputs(256, args), ends, backend="triton").sum().backward()
 
 
 def main() -> None:
@@ -28,15 +50,14 @@ def main() -> None:
     parser.add_argument("--kv_heads", type=int, default=8)
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--processes", type=int, default=8, help="that compile side by side")
     args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
     ends = row_of(args.length, CONVERSATIONS["12 turns, long thoughts"]).cuda()
-    q, k, v = (
-        torch.randn(1, args.length, heads, args.head_dim, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
-        for heads in (args.heads, args.kv_heads, args.kv_heads)
-    )
+    q, k, v = inputs(args.length, args)
     grad = torch.randn_like(q)
-    pinned = configs(torch.cuda.get_device_capability(), args.head_dim, dtype)
+    pinned = configs(torch.cuda.get_device_capability(), args.head_dim, q.dtype)
+    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, CANDIDATES, [args] * len(CANDIDATES)))
     rows = []
     for kernel in ("forward", "dkv", "dq"):
         for candidate in dict.fromkeys([getattr(pinned, kernel), *CANDIDATES]):

@@ -68,7 +68,8 @@ def test_fsdp2(tmp_path):
     """Sharded over two processes, the mean gradient of two batches is that of one process."""
     here = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     run = subprocess.run(
         [*command, str(here / "sharded.py"), str(tmp_path / "gradients.pt")], env=environment, timeout=300,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

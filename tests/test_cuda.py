@@ -1,5 +1,10 @@
 """What only a GPU can show: `make gpu-test`. Error budgets, repeatability, memory, large tensors."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +26,9 @@ FEATURES = {
     "softcap and window": {"softcap": 1.5, "window": 40},
     "all": {"softcap": 1.5, "window": 40, "sinks": True},
 }
+SHAPES = [(1024, (128, 128)), (513, (64, 64)), (1024, (192, 128)), (1024, (80, 80))]
+CASES = [(name, 1024, (64, 64)) for name in FEATURES]
+CASES += [(name, *shape) for name in ("plain", "all") for shape in SHAPES]
 
 
 def everything(attend, leaves, weight):
@@ -34,12 +42,12 @@ def relative_errors(found, exact):
 
 @pytest.mark.parametrize("backend", ["flex", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-@pytest.mark.parametrize("length, dims", [(1024, (64, 64)), (1024, (128, 128)), (513, (64, 64)), (1024, (192, 128))])
+@pytest.mark.parametrize("features, length, dims", CASES)
 def test_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype, features, length, dims):
     """Against float64, as a norm, for the output and every gradient; plain PyTorch has the dense mask."""
     if backend == "flex" and (dims[0] != dims[1] or length % 128):
         pytest.skip("FlexAttention has head sizes of one power of two, and rows are padded to blocks for it")
+    features = FEATURES[features]
     *inputs, s, ends, positions, visible = (
         x.cuda() for x in problem(0, length, batch=2, heads=4, kv_heads=2, dim=dims[0], value_dim=dims[1], dtype=dtype)
     )
@@ -80,6 +88,34 @@ def test_gradients_are_bitwise_repeatable():
     first = run()
     for _ in range(19):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+SMALL_CASE = """
+import torch
+from flexmask import tree_attention
+length = 200
+ends = torch.full((1, length), length, dtype=torch.int32)
+ends[:, 30:90], ends[:, 90:] = 90, torch.arange(91, 201)  # a trunk, a branch, and leaves
+q, k, v = (torch.randn(1, heads, length, 80, device="cuda", dtype=torch.float16) for heads in (4, 2, 2))
+leaves = [x.requires_grad_() for x in (q, k, v, torch.randn(4, device="cuda"))]
+positions = torch.arange(length, device="cuda")[None]
+options = {"softcap": 5.0, "sliding_window": 100, "position_ids": positions, "sinks": leaves[3]}
+tree_attention(*leaves[:3], ends.cuda(), backend="triton", **options).sum().backward()
+torch.cuda.synchronize()
+print("finished")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    if not shutil.which("compute-sanitizer"):
+        pytest.skip("compute-sanitizer (of the CUDA toolkit) is not on the path")
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "7", sys.executable, "-c", SMALL_CASE]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a pool would hide what lies beyond a tensor
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    if "Device not supported" in run.stdout:
+        pytest.skip("compute-sanitizer refuses this device or its driver")
+    assert run.returncode == 0 and "finished" in run.stdout, run.stdout[-3000:] + run.stderr[-3000:]
 
 
 @pytest.mark.parametrize("backend", ["flex", "triton"])

@@ -66,4 +66,6 @@ class KeepFloat64(TorchFunctionMode):
             return args[0]
         if func is torch.nn.functional.softmax and kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64 if args[0].dtype == torch.float64 else torch.float32
+        if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__) and args[0].dtype != args[1].dtype:
+            args = tuple(x.double() for x in args)  # rotary: frequencies kept wide, times positions made float32
         return func(*args, **kwargs)

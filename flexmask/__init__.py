@@ -3,8 +3,9 @@
 from .attention import set_backend, tree_attention
 from .collator import OnePassCollator
 from .integrations.transformers import register as _register
+from .loss import tree_logprobs, tree_loss
 from .mask import tree_block_mask
-from .packing import pack, pack_stream
+from .packing import pack, pack_stream, split
 from .passes import ConversationError, Pass, render_passes
 from .tree import TokenTree
 from .verify import verify
@@ -19,8 +20,11 @@ __all__ = [
     "pack_stream",
     "render_passes",
     "set_backend",
+    "split",
     "tree_attention",
     "tree_block_mask",
+    "tree_logprobs",
+    "tree_loss",
     "verify",
 ]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .mask import BLOCK_SIZE
 from .passes import ConversationError, render_conversation
-from .tree import TokenTree
+from .tree import LOSS_REDUCTIONS, TokenTree
 
 
 class OnePassCollator:
@@ -25,6 +25,7 @@ class OnePassCollator:
         max_length: tokens of one path from the first to the last token the model sees in a row, at most.
         pad_to_multiple_of: rows are padded to a multiple of this. 128 is the block of the attention kernels; a larger
             number (say `max_tokens`) gives fewer different shapes.
+        loss_reduction: what the loss is a mean of, see `TokenTree.from_passes`. Trees made ahead keep their weights.
         **template_options: for `render_passes`: chat_template, reasoning_format, end_of_turn, template arguments.
     """
 
@@ -35,12 +36,16 @@ class OnePassCollator:
         *,
         max_length: int | None = None,
         pad_to_multiple_of: int = BLOCK_SIZE,
+        loss_reduction: str = "token",
         **template_options,
     ):
+        if loss_reduction not in LOSS_REDUCTIONS:
+            raise ValueError(f"loss_reduction is {loss_reduction!r}, expected one of {', '.join(LOSS_REDUCTIONS)}")
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.loss_reduction = loss_reduction
         self.template_options = template_options
 
     def __call__(self, examples: Sequence) -> dict[str, Tensor]:
@@ -48,11 +53,13 @@ class OnePassCollator:
 
         Returns:
             input_ids, position_ids: int64 (1, L); subtree_end: int32 (1, L); logits_to_keep: int64 (M,), where targets
-            are predicted; labels, shift_labels: int64 (1, M), the targets.
+            are predicted; labels, shift_labels: int64 (1, M), the targets; and target_weight: float32 (1, M) if not
+            all are 1. The model's own loss knows no weights, and a model with such a batch raises: take `tree_loss`, or
+            the Trainer of flexmask.train.
 
         Raises:
             ConversationError: an example cannot be rendered (its place in the batch is named).
-            ValueError: too long; token ids outside the vocabulary; no targets; weights other than 1.
+            ValueError: too long; token ids outside the vocabulary; no targets.
         """
         trees = []
         for index, example in enumerate(examples):
@@ -65,7 +72,8 @@ class OnePassCollator:
         if self.max_tokens is not None and len(row) > self.max_tokens:
             raise ValueError(
                 f"{len(examples)} examples have {len(row)} tokens together, a row has {self.max_tokens} (max_tokens); "
-                "use a smaller per_device_train_batch_size, or pack the dataset ahead with flexmask.pack"
+                "use a smaller per_device_train_batch_size, or pack the dataset ahead with flexmask.pack, which splits a "
+                "tree that is larger than a row"
             )
         return self.batch(row)
 
@@ -86,27 +94,33 @@ class OnePassCollator:
             return example
         if isinstance(example, Mapping) and "subtree_end" in example:
             return TokenTree.from_dict(example)
-        return TokenTree.from_passes(render_conversation(example, self.tokenizer, **self.template_options))
+        passes = render_conversation(example, self.tokenizer, **self.template_options)
+        return TokenTree.from_passes(passes, loss_reduction=self.loss_reduction)
 
     def batch(self, row: TokenTree) -> dict[str, Tensor]:
         """The batch of one row."""
-        if not row.num_targets:
-            raise ValueError("the row has no targets, so there is nothing to train on")
-        if (row.target_weight != 1).any():
-            raise ValueError(
-                f"target weights are {row.target_weight.min()} to {row.target_weight.max()}, expected 1: a weight other "
-                "than 1, or a token that two passes supervise, cannot be expressed in the model's own loss"
-            )
-        padding = -len(row) % self.pad_to_multiple_of
-        pad_id = self.tokenizer.pad_token_id or 0
-        # A padding token is a tree of its own: it sees itself, and nothing sees it.
-        subtree_end = np.concatenate([row.subtree_end, np.arange(len(row) + 1, len(row) + padding + 1, dtype=np.int32)])
-        labels = torch.from_numpy(row.target_ids)[None]
-        return {
-            "input_ids": torch.from_numpy(np.pad(row.input_ids, (0, padding), constant_values=pad_id))[None],
-            "position_ids": torch.from_numpy(np.pad(row.position_ids, (0, padding)))[None],
-            "subtree_end": torch.from_numpy(subtree_end)[None],
-            "logits_to_keep": torch.from_numpy(row.target_index),
-            "labels": labels,
-            "shift_labels": labels,
-        }
+        return to_batch(row, pad_to_multiple_of=self.pad_to_multiple_of, pad_token_id=self.tokenizer.pad_token_id or 0)
+
+
+def to_batch(row: TokenTree, *, pad_to_multiple_of: int = BLOCK_SIZE, pad_token_id: int = 0) -> dict[str, Tensor]:
+    """The batch of one row, as `OnePassCollator` makes it.
+
+    Raises:
+        ValueError: no targets, or none with a weight.
+    """
+    weight = row.target_weight
+    if not weight.any():
+        raise ValueError("the row has no targets, or none with a weight, so there is nothing to train on")
+    padding = -len(row) % pad_to_multiple_of
+    # A padding token is a tree of its own: it sees itself, and nothing sees it.
+    subtree_end = np.concatenate([row.subtree_end, np.arange(len(row) + 1, len(row) + padding + 1, dtype=np.int32)])
+    labels = torch.from_numpy(row.target_ids)[None]
+    batch = {
+        "input_ids": torch.from_numpy(np.pad(row.input_ids, (0, padding), constant_values=pad_token_id))[None],
+        "position_ids": torch.from_numpy(np.pad(row.position_ids, (0, padding)))[None],
+        "subtree_end": torch.from_numpy(subtree_end)[None],
+        "logits_to_keep": torch.from_numpy(row.target_index),
+        "labels": labels,
+        "shift_labels": labels,
+    }
+    return batch if (weight == 1).all() else batch | {"target_weight": torch.from_numpy(weight)[None]}

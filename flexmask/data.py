@@ -17,8 +17,17 @@ from functools import partial
 import datasets
 import pyarrow.parquet
 
-from .passes import Conversation, ConversationError, Pass, normalize_messages, render_conversation, without_nulls
-from .tree import TokenTree
+from .passes import (
+    NOTHING_TO_TRAIN,
+    Conversation,
+    ConversationError,
+    Pass,
+    is_trained,
+    normalize_messages,
+    render_conversation,
+    without_nulls,
+)
+from .tree import LOSS_REDUCTIONS, TokenTree
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -121,6 +130,7 @@ def build_trees(
     max_length: int | None = None,
     max_tokens: int | None = None,
     overlong: str = "error",
+    loss_reduction: str = "token",
     num_proc: int | None = None,
     **template_options,
 ) -> Preparation:
@@ -130,11 +140,13 @@ def build_trees(
         conversations: of `load_conversations`, or any dicts of the same form, a `datasets.Dataset` too (see
             `render_conversation` about nulls).
         tokenizer: a Hugging Face tokenizer with a chat template.
-        max_length: tokens of one pass, at most.
-        max_tokens: tokens of one tree, at most: those of a row. A larger tree is an error, or dropped on "drop".
+        max_length: tokens of one pass, at most: what the model takes.
+        max_tokens: tokens of the rows that the trees will be packed into. A larger tree is no fault, since `pack` splits
+            it; but a single pass must fit.
         overlong: what becomes of a conversation with a longer pass. "error"; "drop": it is left out; "truncate":
-            every pass is cut after `max_length` tokens, as trainers on separate sequences do, passes left without a
+            every pass is cut after so many tokens, as trainers on separate sequences do, passes left without a
             supervised token are removed, and a conversation left without a pass is dropped.
+        loss_reduction: what the loss is a mean of, see `TokenTree.from_passes`.
         num_proc: processes to render with. Where processes are spawned and not forked (macOS, Windows), the calling
             script needs the usual `if __name__ == "__main__"`.
         **template_options: for `render_passes`: chat_template, reasoning_format, end_of_turn, template arguments.
@@ -142,12 +154,15 @@ def build_trees(
     Raises:
         ConversationError: a conversation cannot be rendered, is too long, or has token ids outside the vocabulary;
             its origin is named, or its index (`conversation 11`, counted from zero).
-        ValueError: an unknown `overlong`, or a `max_length` below 1.
+        ValueError: an unknown `overlong` or `loss_reduction`, or a `max_length` or `max_tokens` below 1.
     """
     if overlong not in OVERLONG:
         raise ValueError(f"overlong is {overlong!r}, expected one of {', '.join(OVERLONG)}")
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length is {max_length}, expected at least 1")
+    for name, limit in (("max_length", max_length), ("max_tokens", max_tokens)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} is {limit}, expected at least 1")
+    if loss_reduction not in LOSS_REDUCTIONS:
+        raise ValueError(f"loss_reduction is {loss_reduction!r}, expected one of {', '.join(LOSS_REDUCTIONS)}")
     conversations = [
         c if isinstance(c, Conversation) else _conversation(without_nulls(c), f"conversation {i}")
         for i, c in enumerate(conversations)
@@ -158,6 +173,7 @@ def build_trees(
         max_length=max_length,
         max_tokens=max_tokens,
         overlong=overlong,
+        loss_reduction=loss_reduction,
         template_options=template_options,
     )
     if num_proc and num_proc > 1 and len(conversations) > 1:
@@ -178,19 +194,16 @@ def build_trees(
     )
 
 
-def _build(conversation: Conversation, tokenizer, max_length, max_tokens, overlong, template_options) -> tuple:
+def _build(
+    conversation: Conversation, tokenizer, max_length, max_tokens, overlong, loss_reduction, template_options
+) -> tuple:
     """The tree of one conversation (None: dropped), and what Preparation counts."""
     passes = render_conversation(conversation, tokenizer, **template_options)
     try:
-        kept = _limit(passes, max_length, overlong)
-        tree = TokenTree.from_passes(kept) if kept else None
-        if tree is not None and max_tokens is not None and len(tree) > max_tokens:
-            if overlong != "drop":
-                raise ConversationError(
-                    f"its tree has {len(tree)} tokens, more than the {max_tokens} of a row (max_tokens, not max_length, "
-                    'which caps one pass); raise max_tokens, or choose overlong="drop"'
-                )
-            kept, tree = [], None
+        kept = passes
+        for name, limit in (("max_length", max_length), ("max_tokens", max_tokens)):
+            kept = _limit(kept, name, limit, overlong)
+        tree = TokenTree.from_passes(kept, loss_reduction=loss_reduction) if kept else None
         if tree is not None and tree.input_ids.max() >= len(tokenizer):
             raise ConversationError(
                 f"token id {tree.input_ids.max()} is outside the tokenizer's vocabulary of {len(tokenizer)}"
@@ -209,18 +222,19 @@ def _build(conversation: Conversation, tokenizer, max_length, max_tokens, overlo
     }
 
 
-def _limit(passes: list[Pass], max_length: int | None, overlong: str) -> list[Pass]:
-    longest = max(len(p.input_ids) for p in passes)
-    if max_length is None or longest <= max_length:
+def _limit(passes: list[Pass], name: str, limit: int | None, overlong: str) -> list[Pass]:
+    longest = max((len(p.input_ids) for p in passes), default=0)
+    if limit is None or longest <= limit:
         return passes
     if overlong == "error":
+        what = {"max_length": "what the model sees at once", "max_tokens": "a row, which must hold a whole pass"}
         raise ConversationError(
-            f"its longest pass has {longest} tokens, more than {max_length} (max_length); raise max_length, or choose "
-            'overlong="drop" or overlong="truncate"'
+            f"its longest pass has {longest} tokens, more than {limit} ({name}: {what[name]}); raise {name}, or "
+            'choose overlong="drop" or overlong="truncate"'
         )
     if overlong == "drop":
         return []
-    cut = [Pass(p.input_ids[:max_length], p.loss_mask[:max_length], p.weight) for p in passes]
+    cut = [Pass(p.input_ids[:limit], p.loss_mask[:limit], p.weight) for p in passes]
     return [p for p in cut if p.loss_mask.any()]
 
 
@@ -307,8 +321,8 @@ def _conversation(record, origin: str) -> Conversation:
                 raise ConversationError(f"has the keys {sorted(record)}, expected messages (or conversations)")
             record["messages"] = _from_sharegpt(record.pop("conversations"))
         messages = normalize_messages(record["messages"])
-        if not any(m["role"] == "assistant" and m.get("train", True) for m in messages):
-            raise ConversationError('no assistant message to train (none at all, or all have "train": false)')
+        if not any(map(is_trained, messages)):
+            raise ConversationError(NOTHING_TO_TRAIN)
         if not isinstance(record.get("tools", []), list | None):
             raise ConversationError(f"tools is {type(record['tools']).__name__}, expected a list")
     except ConversationError as error:

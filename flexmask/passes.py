@@ -8,6 +8,7 @@ end-of-turn token included. The two are tokenised separately, as at inference.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,9 @@ _EMPTY_REASONING = re.compile(r"\s*(?P<open><([\w:]+)>)\s*(?P<close></\2>)")
 # Put into the reasoning of a message while it is rendered as a target: a template that leaves it out drops reasoning.
 _MARK = "@@flexmask-reasoning@@"
 _PROBE = "@@flexmask-probe@@"
+
+
+NOTHING_TO_TRAIN = 'no assistant message to train (none at all, or all have "train": false or weight 0)'
 
 
 class ConversationError(ValueError):
@@ -49,12 +53,14 @@ class Pass:
     Attributes:
         input_ids: the tokens of the context and of the generated message.
         loss_mask: one entry per token, True where this pass supervises the token.
-        weight: weight of each of its supervised tokens in the loss.
+        weight: of the pass in the loss. It multiplies the weights of its tokens.
+        token_weight: one entry per token, of which those of supervised tokens count; 1 by default.
     """
 
     input_ids: Sequence[int]
     loss_mask: Sequence[bool]
     weight: float = 1.0
+    token_weight: Sequence[float] | None = None
 
 
 def render_passes(
@@ -72,7 +78,8 @@ def render_passes(
     Args:
         messages: dicts with `role` and `content`. Reasoning is taken from `reasoning_content`, `reasoning` or
             `thinking`, or from a leading `<think>…</think>` in `content`. An assistant message with `"train": False`
-            is context only. Other keys reach the template as they are.
+            is context only; one with a `weight` (a number, not negative) counts so much in the loss, and one of weight
+            0 is context only. Other keys reach the template as they are.
         tokenizer: a Hugging Face tokenizer.
         tools: tool descriptions, as `apply_chat_template` takes them.
         chat_template: a template to use instead of the tokenizer's own.
@@ -99,9 +106,9 @@ def render_passes(
         )
     if end_of_turn is not None and len(tokenizer(end_of_turn, add_special_tokens=False)["input_ids"]) != 1:
         raise ConversationError(f"end_of_turn is {end_of_turn!r}, which is not one token of the tokenizer")
-    targets = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
+    targets = [i for i, message in enumerate(messages) if is_trained(message)]
     if not targets:
-        raise ConversationError('no assistant message to train (none at all, or all have "train": false)')
+        raise ConversationError(NOTHING_TO_TRAIN)
 
     render = functools.partial(_render, tokenizer, chat_template, tools, template_kwargs)
     prompts = render([messages[:i] for i in targets], add_generation_prompt=True)
@@ -122,7 +129,8 @@ def render_passes(
     completions = _end_turns(completions, targets, messages, tokenizer, render, end_of_turn)
     for i, completion in zip(targets, completions):
         _check_rendered(messages[i], i, completion)
-    return _tokenize(tokenizer, prompts, completions)
+    weights = [float(messages[i].get("weight", 1.0)) for i in targets]
+    return _tokenize(tokenizer, prompts, completions, weights)
 
 
 def render_conversation(conversation, tokenizer, **options) -> list[Pass]:
@@ -172,6 +180,11 @@ def normalize_messages(messages) -> list[dict]:
     return [_normalize_message(m, i) for i, m in enumerate(messages)]
 
 
+def is_trained(message: Mapping) -> bool:
+    """Whether a normalised message becomes a pass."""
+    return message["role"] == "assistant" and message.get("train", True) and message.get("weight", 1) > 0
+
+
 def without_nulls(value):
     """Without the keys whose value is null, at any depth: Arrow puts them where another row has the key."""
     if isinstance(value, Mapping):
@@ -194,6 +207,9 @@ def _normalize_message(message, index: int) -> dict:
         raise ConversationError(f"{where}: content is {type(content).__name__}, expected a string")
     if not isinstance(message.get("train", True), bool):
         raise ConversationError(f"{where}: train is {message['train']!r}, expected true or false")
+    weight = message.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise ConversationError(f"{where}: weight is {weight!r}, expected a number that is not negative")
     if role != "assistant":
         return message
 
@@ -399,17 +415,17 @@ def _check_rendered(message: dict, index: int, completion: str) -> None:
             )
 
 
-def _tokenize(tokenizer, prompts: list[str], completions: list[str]) -> list[Pass]:
+def _tokenize(tokenizer, prompts: list[str], completions: list[str], weights: list[float]) -> list[Pass]:
     anchor = _anchor(tokenizer, len(tokenizer))
     texts = prompts + [anchor + text for text in completions]
     ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     skip = len(tokenizer(anchor, add_special_tokens=False)["input_ids"]) if anchor else 0
     passes = []
-    for prompt, completion in zip(ids[: len(prompts)], ids[len(prompts) :]):
+    for prompt, completion, weight in zip(ids[: len(prompts)], ids[len(prompts) :], weights):
         completion = completion[skip:]
         loss_mask = np.zeros(len(prompt) + len(completion), bool)
         loss_mask[len(prompt) :] = True
-        passes.append(Pass(np.array(prompt + completion, np.int64), loss_mask))
+        passes.append(Pass(np.array(prompt + completion, np.int64), loss_mask, weight))
     return passes
 
 

@@ -26,9 +26,10 @@ from .collator import OnePassCollator
 from .data import OVERLONG, build_trees, load_conversations
 from .inspect import draw_mask
 from .integrations.transformers import NAME, check_config
+from .loss import target_weight, tree_loss
 from .packing import pack
 from .passes import ConversationError
-from .tree import TokenTree
+from .tree import LOSS_REDUCTIONS, TokenTree
 from .verify import verify
 
 # Names that need no download: a small random model, and generated conversations.
@@ -69,12 +70,17 @@ class DataArguments:
     overlong: str = field(
         default="error", metadata={"help": "Passes over max_length: error, drop the conversation, or truncate them."}
     )
+    loss_reduction: str = field(
+        default="token", metadata={"help": "The loss is a mean per token, turn or conversation."}
+    )
     verify: bool = field(default=True, metadata={"help": "Compare two conversations with N passes before training."})
     compare: int = field(default=0, metadata={"help": "Compare this many conversations with N passes afterwards."})
 
     def __post_init__(self):
         if self.overlong not in OVERLONG:
             raise ValueError(f"overlong is {self.overlong!r}, expected one of {', '.join(OVERLONG)}")
+        if self.loss_reduction not in LOSS_REDUCTIONS:
+            raise ValueError(f"loss_reduction is {self.loss_reduction!r}, expected one of {', '.join(LOSS_REDUCTIONS)}")
         for name in ("max_length", "max_tokens", "max_samples", "dataset_num_proc"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -147,9 +153,11 @@ class OnePassTrainingArguments(TrainingArguments):
 
 
 class OnePassTrainer(Trainer):
-    """The Trainer, with an `eval_loss` that is the mean over all targets, as the training loss is.
+    """The Trainer, with a loss that honours the weights of targets and never holds the logits of all of them at once.
 
-    The library's own is the mean over rows, which weighs a target less in a row that has many.
+    Training and evaluation loss are Σ weight · loss / Σ weight over all targets: of the accumulated batches of all
+    ranks, and of the evaluation set. (The library's own eval_loss is the mean over rows, which weighs a target less in
+    a row that has many.) With a router's load-balancing loss it is the model's own loss, which knows no weights.
 
     Raises:
         ValueError: other arguments than OnePassTrainingArguments, a loss function of its own, or a model that is not
@@ -166,25 +174,40 @@ class OnePassTrainer(Trainer):
             )
         check_config(model.config)
         super().__init__(model, args, *others, **options)
+        self.model_accepts_loss_kwargs = True  # the loss below is divided by what _get_num_items_in_batch counts
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The weight of all targets of the accumulated batches, of all ranks: what the Trainer divides the loss by."""
+        if not batch_samples:
+            return None
+        weight = torch.stack([target_weight(batch).sum() for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            weight = self.accelerator.gather(weight).sum()
+        return weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training and getattr(self.model.config, "output_router_logits", False):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            num_items_in_batch = None
+        loss = tree_loss(model, inputs, num_items_in_batch)
+        if not model.training:
+            weight = target_weight(inputs).sum().to(loss)
+            row = torch.stack([loss.detach() * weight, weight]).double()
+            # Of all processes, without the rows that are repeated to give each process as many.
+            self._sums += self.accelerator.gather_for_metrics(row[None]).cpu()
+        elif num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # their gradients are averaged
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     def evaluation_loop(self, *args, **kwargs):
         self._sums = []
         output = super().evaluation_loop(*args, **kwargs)
         for name in output.metrics:
             if name.endswith("_loss"):
-                loss, targets = torch.stack(self._sums).sum(0).tolist()
-                output.metrics[name] = loss / targets
+                loss, weight = torch.stack(self._sums).sum(0).tolist()
+                output.metrics[name] = loss / weight
         return output
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs)
-        targets = inputs["labels"].numel()
-        row = torch.stack([outputs.loss.detach().double() * targets, outputs.loss.new_tensor(targets).double()])
-        # Of all processes, without the rows that are repeated to give each process as many.
-        self._sums += self.accelerator.gather_for_metrics(row[None]).cpu()
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 
 class StopOnNonFiniteLoss(TrainerCallback):
@@ -337,6 +360,7 @@ def _rows(
         max_length=longest,
         max_tokens=args.max_tokens,
         overlong=args.overlong,
+        loss_reduction=args.loss_reduction,
         num_proc=args.dataset_num_proc,
         **options,
     )
@@ -353,7 +377,10 @@ def _rows(
             "(resize_token_embeddings for added tokens)"
         )
     rows = pack(prepared.trees, args.max_tokens)
-    tell(f"{len(rows)} rows of at most {args.max_tokens} tokens", flush=True)
+    larger = sum(len(tree) > args.max_tokens for tree in prepared.trees)
+    repeated = sum(map(len, rows)) - prepared.tokens
+    split = f"; {larger:,} larger trees were split, which repeats {repeated:,} tokens" if larger else ""
+    tell(f"{len(rows)} rows of at most {args.max_tokens} tokens{split}", flush=True)
     return prepared.trees, rows, [conversations[i] for i in prepared.intact]
 
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from .passes import Pass
 
+LOSS_REDUCTIONS = ("token", "turn", "conversation")
+
 
 @dataclass(frozen=True, eq=False)
 class TokenTree:
@@ -30,10 +32,10 @@ class TokenTree:
         subtree_end: int32[L], one past the last token of the subtree under each token.
         target_index: int64[M], where the hidden state that predicts a target is read: the target's parent.
         target_ids: int64[M], the token that must be predicted there.
-        target_weight: float32[M], summed over the passes that supervise the token.
         pass_targets: int64[S], for each supervised token of each pass, in order, the target it became.
+        pass_weights: float32[S], its weight in the loss.
         pass_supervised: int64[P], how many supervised tokens each pass has.
-        pass_lengths: int64[P], how many tokens each pass has.
+        pass_end: int64[P], where the last token of each pass lies.
     """
 
     input_ids: np.ndarray
@@ -41,10 +43,10 @@ class TokenTree:
     subtree_end: np.ndarray
     target_index: np.ndarray
     target_ids: np.ndarray
-    target_weight: np.ndarray
     pass_targets: np.ndarray
+    pass_weights: np.ndarray
     pass_supervised: np.ndarray
-    pass_lengths: np.ndarray
+    pass_end: np.ndarray
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -54,11 +56,21 @@ class TokenTree:
 
     @property
     def num_passes(self) -> int:
-        return len(self.pass_lengths)
+        return len(self.pass_end)
 
     @property
     def num_targets(self) -> int:
         return len(self.target_ids)
+
+    @property
+    def target_weight(self) -> np.ndarray:
+        """float32[M], weight of each target in the loss: summed over the passes that supervise the token."""
+        return np.bincount(self.pass_targets, self.pass_weights, self.num_targets).astype(np.float32)
+
+    @property
+    def pass_lengths(self) -> np.ndarray:
+        """int64[P], how many tokens each pass has."""
+        return self.position_ids[self.pass_end] + 1
 
     @property
     def max_length(self) -> int:
@@ -66,16 +78,23 @@ class TokenTree:
         return int(self.position_ids.max(initial=-1)) + 1
 
     @classmethod
-    def from_passes(cls, passes: Iterable[Pass]) -> TokenTree:
+    def from_passes(cls, passes: Iterable[Pass], *, loss_reduction: str = "token") -> TokenTree:
         """Merge passes into their prefix tree.
 
         Args:
             passes: any number of passes, at least one. Passes without a common first token give several roots.
+            loss_reduction: what the loss is a weighted mean of. "token": of supervised tokens. "turn": of passes, each
+                the mean over its tokens. "conversation": of conversations (all the passes given here are one), each
+                the mean over its tokens. It is a choice of weights: the loss is always Σ weight · loss / Σ weight over
+                all targets of a step, and each turn (conversation) has the same total weight.
 
         Raises:
-            ValueError: no passes; an empty pass; a loss_mask of another length than its input_ids; a negative token
-                id; a pass that supervises its first token, which nothing can predict.
+            ValueError: no passes; an empty pass; a loss_mask or token_weight of another length than its input_ids; a
+                negative token id; a weight that is negative or not finite; a pass that supervises its first token,
+                which nothing can predict; an unknown loss_reduction.
         """
+        if loss_reduction not in LOSS_REDUCTIONS:
+            raise ValueError(f"loss_reduction is {loss_reduction!r}, expected one of {', '.join(LOSS_REDUCTIONS)}")
         passes = list(passes)
         if not passes:
             raise ValueError("from_passes: got no passes, expected at least one")
@@ -96,7 +115,6 @@ class TokenTree:
         paths = [root.path(ids) for ids in tokens]
         target_of = np.concatenate([path[positions] for path, positions in zip(paths, supervised)])
         parent_of = np.concatenate([path[positions - 1] for path, positions in zip(paths, supervised)])
-        weights = np.repeat([p.weight for p in passes], [len(s) for s in supervised])
         # A token supervised by several passes is one target, and its weights count together.
         target_nodes, first, pass_targets = np.unique(target_of, return_index=True, return_inverse=True)
 
@@ -107,11 +125,25 @@ class TokenTree:
             subtree_end=np.concatenate([np.full(len(r.tokens), r.start + r.size, np.int32) for r in runs]),
             target_index=parent_of[first],
             target_ids=input_ids[target_nodes],
-            target_weight=np.bincount(pass_targets, weights, len(target_nodes)).astype(np.float32),
             pass_targets=pass_targets.astype(np.int64),
+            pass_weights=_weights(passes, supervised, loss_reduction),
             pass_supervised=np.array([len(s) for s in supervised], np.int64),
-            pass_lengths=np.array([len(ids) for ids in tokens], np.int64),
+            pass_end=np.array([path[-1] for path in paths], np.int64),
         )
+
+    def passes(self) -> list[Pass]:
+        """The passes again, their weights as token weights. `from_passes` of them is this tree, if it is no forest of
+        equal trees."""
+        positions = self.position_ids[self.target_index[self.pass_targets]] + 1
+        passes, start = [], 0
+        for end, count in zip(self.pass_end, self.pass_supervised):
+            path = np.flatnonzero(self.subtree_end[: end + 1] > end)  # its last token and the ancestors
+            loss_mask, weight = np.zeros(len(path), bool), np.zeros(len(path), np.float32)
+            loss_mask[positions[start : start + count]] = True
+            weight[positions[start : start + count]] = self.pass_weights[start : start + count]
+            passes.append(Pass(self.input_ids[path], loss_mask, token_weight=weight))
+            start += count
+        return passes
 
     @classmethod
     def concat(cls, trees: Sequence[TokenTree]) -> TokenTree:
@@ -120,7 +152,8 @@ class TokenTree:
             raise ValueError("concat: got no trees, expected at least one")
         token_offsets = np.cumsum([0] + [len(t) for t in trees[:-1]])
         target_offsets = np.cumsum([0] + [t.num_targets for t in trees[:-1]])
-        offset_of = {"subtree_end": token_offsets, "target_index": token_offsets, "pass_targets": target_offsets}
+        offset_of = dict.fromkeys(("subtree_end", "target_index", "pass_end"), token_offsets)
+        offset_of["pass_targets"] = target_offsets
         columns = {}
         for field in fields(cls):
             parts = [getattr(t, field.name) for t in trees]
@@ -159,7 +192,7 @@ class TokenTree:
 
 _DTYPES = {field.name: np.int64 for field in fields(TokenTree)} | {
     "subtree_end": np.int32,
-    "target_weight": np.float32,
+    "pass_weights": np.float32,
 }
 
 
@@ -224,6 +257,21 @@ def _common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     differ = a[:n] != b[:n]
     return int(differ.argmax()) if differ.any() else n
+
+
+def _weights(passes: list[Pass], supervised: list[np.ndarray], loss_reduction: str) -> np.ndarray:
+    """float32[S], the weight of every supervised token, in the order of the passes."""
+    weights = []
+    for i, (p, positions) in enumerate(zip(passes, supervised)):
+        token_weight = np.ones(len(p.input_ids)) if p.token_weight is None else np.asarray(p.token_weight, np.float64)
+        if token_weight.shape != (len(p.input_ids),):
+            raise ValueError(f"pass {i}: token_weight has shape {token_weight.shape} for {len(p.input_ids)} tokens")
+        weight = token_weight[positions]
+        if not (np.isfinite(weight).all() and (weight >= 0).all() and np.isfinite(p.weight) and p.weight >= 0):
+            raise ValueError(f"pass {i}: weights must be finite and not negative; weight is {p.weight}")
+        weights.append(p.weight * (weight / (weight.sum() or 1) if loss_reduction == "turn" else weight))
+    weights = np.concatenate(weights)
+    return (weights / (weights.sum() or 1) if loss_reduction == "conversation" else weights).astype(np.float32)
 
 
 def _token_array(p: Pass, index: int) -> np.ndarray:

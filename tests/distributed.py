@@ -11,10 +11,10 @@ from flexmask import OnePassCollator
 from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 
 
-def train_one_step(output_dir: str, accumulation: int) -> dict:
+def train_one_step(output_dir: str, accumulation: int, loss_reduction: str) -> dict:
     """One plain SGD step over all four rows, whatever the number of processes, then an evaluation of three of them."""
     set_seed(0)
-    rows = rows_of_unequal_size()
+    rows = rows_of_unequal_size(loss_reduction)
     arguments = OnePassTrainingArguments(
         output_dir, max_steps=1, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0,
         gradient_accumulation_steps=accumulation, use_cpu=True, save_strategy="no", disable_tqdm=True,
@@ -29,7 +29,7 @@ def train_one_step(output_dir: str, accumulation: int) -> dict:
 
 
 if __name__ == "__main__":
-    result = train_one_step(sys.argv[1], accumulation=2)
+    result = train_one_step(sys.argv[1], accumulation=2, loss_reduction=sys.argv[3])
     if torch.distributed.get_rank() == 0:
         torch.save(result, sys.argv[2])
     torch.distributed.barrier()

@@ -119,7 +119,7 @@ def test_sharegpt_becomes_messages():
         ({"messages": []}, "the conversation is empty"),
         ({"messages": "hi"}, "messages is str, expected a list of messages"),
         ({"messages": None}, "messages is NoneType, expected a list of messages"),
-        ({"messages": [USER]}, "no assistant message to train (none at all, or all have \"train\": false)"),
+        ({"messages": [USER]}, "no assistant message to train (none at all, or all have \"train\": false or weight 0)"),
         ({"messages": [USER, {**ANSWER, "train": False}]}, "no assistant message to train (none at all, or all have"),
         ({"messages": [USER, ANSWER, {"role": "bot", "content": ""}]}, "message 2: role is 'bot', expected one of sys"),
         ({"messages": [USER, ANSWER, USER, {"role": "assistant", "content": 5}]},
@@ -259,7 +259,7 @@ def test_overlong_is_an_error_by_default(conversations, tokenizer):
     with pytest.raises(ConversationError) as caught:
         build_trees(conversations, tokenizer, max_length=limit)
     assert str(caught.value).startswith(
-        f"conversation {first}: its longest pass has {lengths[first]} tokens, more than {limit} (max_length); raise"
+        f"conversation {first}: its longest pass has {lengths[first]} tokens, more than {limit} (max_length: what"
     )
     assert len(build_trees(conversations[:5], tokenizer, max_length=limit).trees) == 5, "the limit itself is allowed"
 
@@ -342,19 +342,21 @@ def test_unknown_options_are_refused(tokenizer):
         build_trees([GOOD], tokenizer, max_length=0)
 
 
-def test_a_tree_larger_than_a_row_is_an_error_or_dropped():
+def test_a_tree_may_be_larger_than_a_row_but_a_pass_may_not():
     made = demo.conversations(6, turns=(1, 5))
     tokenizer = demo.train_tokenizer(demo.texts(made))
-    sizes = [len(tree) for tree in build_trees(made, tokenizer).trees]
-    limit = sorted(sizes)[3]
-    first = next(i for i, size in enumerate(sizes) if size > limit)
+    trees = build_trees(made, tokenizer).trees
+    longest = max(tree.max_length for tree in trees)
+    assert longest < max(map(len, trees))
+    assert len(build_trees(made, tokenizer, max_tokens=longest).trees) == len(made)
+    first = next(i for i, tree in enumerate(trees) if tree.max_length == longest)
     with pytest.raises(
-        ConversationError, match=rf"conversation {first}: its tree has {sizes[first]} tokens.*max_tokens"
+        ConversationError,
+        match=rf"conversation {first}: its longest pass has {longest} tokens, more than {longest - 1} \(max_tokens: a row",
     ):
-        build_trees(made, tokenizer, max_tokens=limit, overlong="truncate")
-    kept = build_trees(made, tokenizer, max_tokens=limit, overlong="drop")
-    assert [len(tree) for tree in kept.trees] == [size for size in sizes if size <= limit]
-    assert kept.dropped == sum(size > limit for size in sizes) and "LOST" in str(kept)
+        build_trees(made, tokenizer, max_tokens=longest - 1)
+    kept = build_trees(made, tokenizer, max_tokens=longest - 1, overlong="drop")
+    assert kept.dropped == sum(tree.max_length == longest for tree in trees) and "LOST" in str(kept)
 
 
 def test_the_lines_in_the_readme_are_conversations(tmp_path):

@@ -1,13 +1,17 @@
+import dataclasses
+import time
+from collections import Counter
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import conversation_passes
+from reference import conversation_passes, random_passes
 from templates import TOOL_LOOP, TOOLS, answer, tokenizer, user
 
-from flexmask import OnePassCollator, Pass, TokenTree, pack, pack_stream, render_passes
+from flexmask import OnePassCollator, Pass, TokenTree, pack, pack_stream, render_passes, split
 
 
 def chain(length, first=1):
@@ -59,9 +63,97 @@ def test_padding_is_small_on_many_conversations():
     assert len(list(pack_stream(iter(trees), 2048, buffer_size=64))) <= fewest + 2
 
 
-def test_a_tree_larger_than_a_row_is_an_error():
-    with pytest.raises(ValueError, match="tree 1 has 30 tokens, more than the 20"):
+def test_a_pass_longer_than_a_row_is_an_error():
+    with pytest.raises(ValueError, match=r"tree 1: pass 0 has 30 tokens, more than the 20 of a row \(max_tokens\)"):
         pack([chain(10), chain(30)], 20)
+
+
+def prefixes(ids):
+    return {tuple(map(int, ids[: n + 1])) for n in range(len(ids))}
+
+
+def weights_by_path(tree):
+    """Path from the root -> summed weight, of every supervised token."""
+    found = Counter()
+    for p in tree.passes():
+        for n in np.flatnonzero(p.loss_mask):
+            found[tuple(p.input_ids[: n + 1].tolist())] += p.token_weight[n]
+    return found
+
+
+def partitions(items):
+    """All ways to put items into groups."""
+    if not items:
+        yield []
+        return
+    for rest in partitions(items[1:]):
+        yield [[items[0]], *rest]
+        for i in range(len(rest)):
+            yield [*rest[:i], [items[0], *rest[i]], *rest[i + 1 :]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0, 1))
+def test_a_split_has_the_fewest_parts_and_of_those_the_fewest_tokens(seed, num_passes, generosity):
+    """Against every partition of the passes, counted in sets of prefixes."""
+    passes = random_passes(np.random.default_rng(seed), num_passes)
+    tree = TokenTree.from_passes(passes)
+    longest = max(len(p.input_ids) for p in passes)
+    budget = round(longest + generosity * (len(tree) - longest))
+    sets = [prefixes(p.input_ids) for p in passes]
+    best = min(
+        (len(groups), sum(sizes))
+        for groups in partitions(list(range(len(passes))))
+        if max(sizes := [len(set.union(*(sets[i] for i in group))) for group in groups]) <= budget
+    )
+    parts = split(tree, budget)
+    assert (len(parts), sum(map(len, parts))) == best
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0, 1), st.booleans())
+def test_a_split_loses_nothing(seed, num_passes, generosity, forest):
+    """Every supervised token of every pass once, with its weight; for many passes and for forests too."""
+    rng = np.random.default_rng(seed)
+    passes = [dataclasses.replace(p, weight=rng.integers(1, 5) / 4) for p in random_passes(rng, num_passes)]
+    tree = TokenTree.from_passes(passes)
+    if forest:
+        tree = TokenTree.concat([tree, TokenTree.from_passes(random_passes(rng, 3))])
+    longest = tree.max_length
+    budget = round(longest + generosity * (len(tree) - longest))
+    parts = split(tree, budget)
+    assert all(len(part) <= budget for part in parts)
+    assert sum(map(weights_by_path, parts), Counter()) == weights_by_path(tree)
+    assert sum(part.num_passes for part in parts) == tree.num_passes
+    found = Counter(tuple(p.input_ids.tolist()) for part in parts for p in part.passes())
+    assert found == Counter(tuple(p.input_ids.tolist()) for p in tree.passes())
+
+
+def test_one_part_is_one_pass_and_a_part_for_each_is_n_pass():
+    passes = conversation_passes(np.random.default_rng(0), 4, 5, 30, 10)
+    tree = TokenTree.from_passes(passes)
+    assert split(tree, len(tree)) == [tree]
+    parts = split(tree, max(len(p.input_ids) for p in passes))
+    assert sorted(len(part) for part in parts) == sorted(len(p.input_ids) for p in passes)
+
+
+def test_a_tree_of_hundreds_of_branches_is_split_and_packed_well():
+    """Beyond the exact search: a trunk of 20,000 tokens with 400 branches, in rows of 32,768."""
+    rng = np.random.default_rng(0)
+    trunk = rng.integers(0, 1000, 20_000)
+    forks = np.sort(rng.integers(100, 20_000, 400))
+    passes = []
+    for at in forks:
+        branch = rng.integers(0, 1000, rng.integers(50, 400))
+        passes.append(Pass(np.append(trunk[:at], branch), np.arange(at + len(branch)) >= at))
+    tree = TokenTree.from_passes(passes)
+    start = time.perf_counter()
+    rows = pack([tree], 32_768)
+    assert time.perf_counter() - start < 2
+    branches = len(tree) - 20_000
+    fewest = -(-branches // (32_768 - forks[0]))  # each part holds some trunk
+    assert len(rows) <= fewest + 3
+    assert sum(map(len, rows)) < len(tree) + (len(rows) - 1) * 20_000 * 0.6
 
 
 class StubTokenizer:
@@ -125,7 +217,7 @@ def test_raw_conversations_and_rows_of_a_dataset_give_the_same_batch():
         ([chain(4), chain(4, first=1000)], {}, "example 1 of the batch: token id 1000 is outside"),
         ([{"text": "hello"}], {}, r"example 0 of the batch: has the keys \['text'\], expected messages"),
         ([TokenTree.from_passes([Pass([1, 2], [False, False])])], {}, "no targets"),
-        ([TokenTree.from_passes([Pass([1, 2], [False, True], 0.5)])], {}, "target weights are 0.5 to 0.5, expected 1"),
+        ([TokenTree.from_passes([Pass([1, 2], [False, True], 0.0)])], {}, "no targets, or none with a weight"),
         ([{"subtree_end": [1]}], {}, "example 0 of the batch: a pre-tokenised tree lacks the columns"),
     ],
 )

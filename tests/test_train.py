@@ -18,14 +18,19 @@ from flexmask import OnePassCollator
 from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 
 
-@pytest.fixture(scope="module")
-def by_hand():
+def by_hand(loss_reduction):
     """A step down the gradient of the mean loss over all targets of four rows, then that mean over three of them."""
-    rows, collator, model = rows_of_unequal_size(), OnePassCollator(Vocabulary()), tiny("Qwen3")
+    rows, collator, model = rows_of_unequal_size(loss_reduction), OnePassCollator(Vocabulary()), tiny("Qwen3")
 
     def mean_loss(rows):
-        losses = [model(**collator([row])).loss * row.num_targets for row in rows]
-        return sum(losses) / sum(row.num_targets for row in rows)
+        losses = []
+        for row in rows:
+            batch = collator([row])
+            batch.pop("target_weight", None)
+            logits, targets = model(**batch).logits[0], batch["labels"][0]
+            each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            losses.append((each * torch.from_numpy(row.target_weight)).sum())
+        return sum(losses) / sum(float(row.target_weight.sum()) for row in rows)
 
     mean_loss(rows).backward()
     with torch.no_grad():
@@ -41,9 +46,11 @@ def check(result, by_hand):
         torch.testing.assert_close(result["weights"][name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_evaluation_and_a_step_are_means_over_targets(tmp_path, by_hand):
+@pytest.mark.parametrize("loss_reduction", ["token", "turn"])
+def test_evaluation_and_a_step_are_means_over_targets(tmp_path, loss_reduction):
     """The bug guarded: the Trainer's own eval_loss is the mean over rows."""
-    check(train_one_step(str(tmp_path), accumulation=4), by_hand)
+    found = train_one_step(str(tmp_path), accumulation=4, loss_reduction=loss_reduction)
+    check(found, by_hand(loss_reduction))
 
 
 def test_evaluation_of_raw_conversations_and_what_is_refused(tmp_path):
@@ -59,17 +66,22 @@ def test_evaluation_of_raw_conversations_and_what_is_refused(tmp_path):
     assert found["trees"] == pytest.approx(found["columns"], rel=1e-6)
     with pytest.raises(ValueError, match="takes OnePassTrainingArguments"):
         OnePassTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True))
+    weighted = rows_of_unequal_size("conversation")
+    found = OnePassTrainer(model, arguments, eval_dataset=weighted, data_collator=collator).evaluate()["eval_loss"]
+    each = [OnePassTrainer(model, arguments, eval_dataset=[r], data_collator=collator).evaluate() for r in weighted]
+    assert found == pytest.approx(sum(e["eval_loss"] for e in each) / 4, rel=1e-5), "each conversation counts the same"
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match='attn_implementation="sdpa", expected "flexmask"'):
         OnePassTrainer(model, arguments)
 
 
-def test_two_processes_are_as_one(tmp_path, by_hand):
+@pytest.mark.parametrize("loss_reduction", ["token", "turn"])
+def test_two_processes_are_as_one(tmp_path, loss_reduction):
     here, result = Path(__file__).parent, tmp_path / "result.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     process = subprocess.Popen(
-        [*command, str(here / "distributed.py"), str(tmp_path), str(result)], env=environment,
+        [*command, str(here / "distributed.py"), str(tmp_path), str(result), loss_reduction], env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -80,4 +92,4 @@ def test_two_processes_are_as_one(tmp_path, by_hand):
     assert process.returncode == 0, said
     result = torch.load(result, weights_only=True)
     assert result["processes"] == 2
-    check(result, by_hand)
+    check(result, by_hand(loss_reduction))

@@ -28,9 +28,12 @@ def batch_of(*turns, seed=0):
     return OnePassCollator(Vocabulary())(trees)
 
 
-def rows_of_unequal_size():
+def rows_of_unequal_size(loss_reduction="token"):
     rng = np.random.default_rng(0)
-    rows = [TokenTree.from_passes(conversation_passes(rng, n, 9, 14, 5, 512)) for n in (1, 4, 2, 6)]
+    rows = [
+        TokenTree.from_passes(conversation_passes(rng, n, 9, 14, 5, 512), loss_reduction=loss_reduction)
+        for n in (1, 4, 2, 6)
+    ]
     assert len({row.num_targets for row in rows}) == 4
     return rows
 

@@ -89,6 +89,11 @@ def _attention_function(
         mask = attention_mask.dense if isinstance(attention_mask, DeferredMask) else attention_mask
         return _plain_attention(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
+    if "target_weight" in kwargs:
+        raise ValueError(
+            "the batch has target_weight, which the model's own loss would ignore; use flexmask.tree_loss(model, batch), "
+            "or flexmask.train.OnePassTrainer"
+        )
     window = _check_layer(module, attention_mask, dropout, subtree_end, kwargs)
     out = tree_attention(
         query,

@@ -1,0 +1,249 @@
+"""Weights, reductions, splits, log-probabilities and chunks against one sequence at a time, in plain PyTorch."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import FAMILIES, reference_attention, tiny
+from reference import conversation_passes, random_passes
+
+import flexmask.loss
+from flexmask import Pass, TokenTree, split, tree_logprobs, tree_loss
+from flexmask.collator import to_batch
+from flexmask.loss import target_losses, target_weight
+
+
+def losses_of(model, p: Pass):
+    """Cross-entropies of the supervised tokens of a pass, run as a sequence of its own."""
+    ids = torch.from_numpy(np.asarray(p.input_ids))[None]
+    losses = torch.nn.functional.cross_entropy(
+        model(input_ids=ids).logits[0, :-1].float(), ids[0, 1:], reduction="none"
+    )
+    return losses[torch.from_numpy(np.asarray(p.loss_mask, bool))[1:]]
+
+
+def reduced(model, conversations, reduction):
+    """The loss of N passes as the documentation puts it: a mean of tokens, of turns, or of conversations."""
+    terms, weights = [], []
+    for passes in conversations:
+        tokens, token_weights = [], []
+        for p in passes:
+            losses = losses_of(model, p)
+            weight = torch.ones(len(losses)) if p.token_weight is None else p.token_weight[p.loss_mask]
+            weight = torch.as_tensor(weight, dtype=torch.float32)
+            if reduction == "turn":
+                terms.append(p.weight * (losses * weight).sum() / weight.sum())
+                weights.append(p.weight)
+            tokens.append(losses * weight * p.weight)
+            token_weights.append(weight * p.weight)
+        tokens, token_weights = torch.cat(tokens), torch.cat(token_weights)
+        if reduction == "token":
+            terms.append(tokens.sum())
+            weights.append(token_weights.sum())
+        if reduction == "conversation":
+            terms.append(tokens.sum() / token_weights.sum())
+            weights.append(1)
+    return sum(terms) / sum(weights)
+
+
+def gradients(model):
+    taken = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return taken
+
+
+def same_gradients(found, expected, tolerance=1e-5):
+    largest = max(g.abs().max() for g in expected.values())
+    for name, g in expected.items():
+        assert (found[name] - g).abs().max() <= tolerance * largest, name
+
+
+def plain(model):
+    model.set_attn_implementation(reference_attention("Qwen3"))
+    return model
+
+
+def weighted_conversations(seed=0):
+    rng = np.random.default_rng(seed)
+    conversations = [conversation_passes(rng, turns, 6, 9, 5, 500) for turns in (1, 3, 2)]
+    return [
+        [replace(p, weight=rng.integers(1, 9) / 4, token_weight=rng.random(len(p.input_ids))) for p in passes]
+        for passes in conversations
+    ]
+
+
+@pytest.mark.parametrize("reduction", ["token", "turn", "conversation"])
+@pytest.mark.parametrize("way", ["packed", "accumulated", "split"])
+def test_reductions_are_those_of_n_passes(reduction, way):
+    """Per message and per token weights; in one row, over several batches, and with every tree split into its passes."""
+    conversations, model = weighted_conversations(), tiny("Qwen3")
+    trees = [TokenTree.from_passes(passes, loss_reduction=reduction) for passes in conversations]
+    rows = {
+        "packed": [TokenTree.concat(trees)],
+        "accumulated": trees,
+        "split": [part for tree in trees for part in split(tree, tree.max_length)],
+    }[way]
+    assert len(rows) == {"packed": 1, "accumulated": 3, "split": 6}[way]
+    batches = [to_batch(row) for row in rows]
+    total = sum(target_weight(batch).sum() for batch in batches)
+    loss = sum(tree_loss(model, batch, total) for batch in batches)
+    loss.backward()
+    found = gradients(model)
+    expected = reduced(plain(model), conversations, reduction)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    same_gradients(found, gradients(model))
+
+
+def test_a_token_supervised_twice_counts_both_weights():
+    passes = [Pass([1, 2, 3, 4], [0, 0, 1, 1], 0.5), Pass([1, 2, 3, 9], [0, 0, 1, 1], 2.0)]
+    tree, model = TokenTree.from_passes(passes), tiny("Qwen3")
+    assert sorted(tree.target_weight.tolist()) == [0.5, 2.0, 2.5]
+    torch.testing.assert_close(tree_loss(model, to_batch(tree)), reduced(plain(model), [passes], "token"))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 8), st.floats(0, 1))
+def test_losses_and_gradients_of_the_parts_add_up(seed, num_passes, generosity):
+    """Random trees, budgets and weights: the sum over parts, each a batch of its own, is the whole."""
+    rng = np.random.default_rng(seed)
+    passes = [replace(p, weight=rng.integers(1, 9) / 4) for p in random_passes(rng, num_passes, vocab=500)]
+    passes[0] = Pass(passes[0].input_ids, [False] + [True] * (len(passes[0].input_ids) - 1))
+    tree, model = TokenTree.from_passes(passes), tiny("Qwen3", num_hidden_layers=1)
+    whole = tree_loss(model, to_batch(tree), 1.0)
+    whole.backward()
+    expected = gradients(model)
+    parts = split(tree, round(tree.max_length + generosity * (len(tree) - tree.max_length)))
+    found = 0.0
+    for part in parts:
+        if part.num_targets:
+            loss = tree_loss(model, to_batch(part), 1.0)
+            loss.backward()
+            found += loss.detach()
+    torch.testing.assert_close(found, whole.detach(), rtol=1e-5, atol=1e-6)
+    same_gradients(gradients(model), expected, 1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_give_the_same_losses_and_gradients(family, monkeypatch):
+    """Through each model's own output layer: Gemma 2 caps its logits, and others scale them."""
+    model = tiny(family)
+    batch = to_batch(TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 3, 6, 9, 5, 500)))
+    expected = target_losses(model, batch)
+    weight = torch.randn(len(expected), generator=torch.Generator().manual_seed(0))
+    (expected * weight).sum().backward()
+    expected_gradients = gradients(model)
+    monkeypatch.setattr(flexmask.loss, "CHUNK_LOGITS", 5 * 512)
+    found = target_losses(model, batch)
+    (found * weight).sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    same_gradients(gradients(model), expected_gradients, 1e-6)
+    assert "forward" not in model.base_model.__dict__ and not model._forward_hooks, "the model is left as it was"
+
+
+@pytest.mark.parametrize("options", [{"logit_scale": 0.3}, {"attention_bias": True, "tie_word_embeddings": True}])
+def test_chunks_keep_what_a_family_does_to_its_logits(options, monkeypatch):
+    from transformers import CohereConfig, CohereForCausalLM
+
+    from models import COMMON  # isort: skip
+
+    config = {name: value for name, value in COMMON.items() if name != "head_dim"} | options
+    torch.manual_seed(0)
+    model = CohereForCausalLM._from_config(CohereConfig(**config), attn_implementation="flexmask").eval()
+    batch = to_batch(TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 2, 6, 9, 5, 500)))
+    expected = target_losses(model, batch).detach()
+    monkeypatch.setattr(flexmask.loss, "CHUNK_LOGITS", 5 * 512)
+    torch.testing.assert_close(target_losses(model, batch).detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_log_probabilities_of_each_pass():
+    """And through gradient checkpointing, LoRA, and a wrapper around the model."""
+    rng = np.random.default_rng(0)
+    passes = conversation_passes(rng, 3, 6, 9, 5, 500)
+    tree, model = TokenTree.from_passes(passes), tiny("Qwen3")
+    found = tree.per_pass(tree_logprobs(model, tree))
+    from_batch = tree.per_pass(tree_logprobs(model, to_batch(tree)))
+    for p, logprobs, again in zip(passes, found, from_batch, strict=True):
+        assert torch.equal(logprobs, again) and logprobs.requires_grad
+        expected = torch.log_softmax(
+            plain(tiny("Qwen3"))(input_ids=torch.from_numpy(p.input_ids)[None]).logits[0, :-1], -1
+        )
+        ids = torch.from_numpy(p.input_ids)[1:]
+        expected = expected[torch.arange(len(ids)), ids][torch.from_numpy(p.loss_mask)[1:]]
+        torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_inside_peft_checkpointing_and_a_wrapper(monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.inside = module, []
+
+        def forward(self, **kwargs):
+            output = self.module(**kwargs)
+            self.inside.append(output.loss is not None)
+            return output
+
+    model = tiny("Qwen3")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    wrapper = Wrapper(get_peft_model(model, LoraConfig(target_modules="all-linear")).train())
+    batch = to_batch(TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 2, 6, 9, 5, 500)))
+    tree_loss(wrapper, batch).backward()
+    expected = gradients(wrapper)
+    monkeypatch.setattr(flexmask.loss, "CHUNK_LOGITS", 5 * 512)
+    tree_loss(wrapper, batch).backward()
+    same_gradients(gradients(wrapper), expected, 1e-6)
+    assert wrapper.inside == [False, True], "the losses are computed inside the forward of the wrapper (DDP's hooks)"
+
+
+def test_a_weighted_batch_is_refused_by_the_models_own_loss():
+    batch = to_batch(TokenTree.from_passes([Pass([1, 2, 3], [0, 1, 1], 0.5)]))
+    with pytest.raises(ValueError, match="target_weight, which the model's own loss would ignore; use"):
+        tiny("Qwen3")(**batch)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": -1.0}, "pass 0: weights must be finite and not negative; weight is -1.0"),
+        ({"weight": float("nan")}, "weights must be finite"),
+        ({"token_weight": [1.0, 1.0, -1.0]}, "weights must be finite and not negative"),
+        ({"token_weight": [1.0]}, r"token_weight has shape \(1,\) for 3 tokens"),
+    ],
+)
+def test_bad_weights(change, message):
+    with pytest.raises(ValueError, match=message):
+        TokenTree.from_passes([replace(Pass([1, 2, 3], [0, 1, 1]), **change)])
+    with pytest.raises(ValueError, match="loss_reduction is 'mean', expected one of token, turn, conversation"):
+        TokenTree.from_passes([Pass([1, 2, 3], [0, 1, 1])], loss_reduction="mean")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory as Linux reports it")
+def test_memory_of_the_loss_does_not_grow_with_the_targets():
+    """A vocabulary of 50,000 and 3,000 targets: 572 MiB of logits, and as much again for each of their derivatives."""
+    code = """
+import resource, sys, numpy as np, torch
+sys.path.insert(0, sys.argv[1])
+from models import tiny
+from flexmask import Pass, TokenTree, tree_loss
+from flexmask.collator import to_batch
+model = tiny("Qwen3", vocab_size=50_000)
+def run(length):
+    tree_loss(model, to_batch(TokenTree.from_passes([Pass(np.arange(length), np.arange(length) > 0)]))).backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+print(run(1_000), run(3_001))
+"""
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
+    few, many = map(int, run.stdout.split())
+    assert many - few < 200, (few, many)

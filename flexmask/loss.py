@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 
 import torch
+from packaging.version import Version
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .collator import to_batch
 from .tree import TokenTree
 
-# Logits of one chunk: 64 MiB in float32, with their exponentials and gradient a few times that. Larger chunks are no
-# faster: 110 targets already fill the product with a vocabulary of 150,000 tokens.
-CHUNK_LOGITS = 2**24
+# Logits of one chunk: 256 MiB in float32, with their exponentials and gradient a few times that. Each chunk also reads
+# and writes the gradient of the output layer, which with far fewer targets would cost more than their products.
+CHUNK_LOGITS = 2**26
+LIGER_VERSION = "0.8.2"  # the first whose losses of single targets have right gradients
 
 
 def tree_logprobs(model, tree: TokenTree | Mapping[str, Tensor]) -> Tensor:
@@ -57,9 +62,10 @@ def target_weight(batch: Mapping[str, Tensor]) -> Tensor:
 def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of every target, (M,) float32 (float64 in float64), differentiable.
 
-    Where the logits are large, the model runs once up to its last hidden states, and then its own output layer, with
-    whatever it does to logits (soft-cap, scale), on one chunk of targets after the other. Their logits are computed
-    again in the backward.
+    Where the logits are large, the model runs once up to its last hidden states. If its logits are a linear layer of
+    those and nothing else, a library's fused loss takes over: Liger-Kernel on CUDA where it is installed, PyTorch's own
+    (2.13) in float32 and float64. Otherwise the model's output layer, with whatever it does to logits (soft-cap, scale,
+    adapters), runs on one chunk of targets after the other. All of them compute logits again in the backward.
 
     Raises:
         TypeError: not a Hugging Face model, nor one around it.
@@ -70,7 +76,7 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in batch.items() if name not in ("labels", "target_weight")}
     index, targets = batch.pop("logits_to_keep"), batch.pop("shift_labels")[0]
-    size = max(1, CHUNK_LOGITS // inner.config.get_text_config().vocab_size)
+    size = _chunk_size(inner.config.get_text_config().vocab_size)
     if len(index) <= size or inner.base_model is inner:
         return _cross_entropy(model(**batch, logits_to_keep=index, use_cache=False).logits, targets)
 
@@ -81,6 +87,11 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
 
     def add_losses(module, args, kwargs, output):  # inside the forward of what is around the model (DDP, FSDP)
         base_hook.remove()
+        states = hidden[0].last_hidden_state[0, index]
+        fused = _fused_losses(module, states, output.logits[0])
+        if fused is not None:
+            output.loss = fused(states, targets)
+            return output
 
         def losses_of(last_hidden_state, index, targets):
             with _returning(
@@ -99,10 +110,69 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     base_hook = inner.base_model.register_forward_hook(keep_hidden)
     hook = inner.register_forward_hook(add_losses, with_kwargs=True, prepend=True)
     try:
-        return model(**batch, logits_to_keep=index[:1], use_cache=False).loss
+        return model(**batch, logits_to_keep=index[-1:], use_cache=False).loss
     finally:
         base_hook.remove()
         hook.remove()
+
+
+def _chunk_size(vocab_size: int) -> int:
+    return max(1, CHUNK_LOGITS // vocab_size)
+
+
+def _fused_losses(model: PreTrainedModel, states: Tensor, last_logits: Tensor) -> Callable | None:
+    """A library's loss of (last hidden states, targets) that never holds all logits; None if none is right or installed.
+
+    Args:
+        model: its output layer.
+        states: (M, hidden), the last hidden states that predict the targets.
+        last_logits: (1, vocabulary), the model's logits of the last of them.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or isinstance(head.weight, DTensor) or not head.weight.numel():
+        return None  # an adapter, or sharded
+    device, dtype = states.device.type, states.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    elif head.weight.dtype != dtype:
+        return None
+    with torch.no_grad():  # is there anything between the layer and the logits? Zeros would not tell.
+        last = linear(states[-1:], head.weight, head.bias)
+        if not last.any() or not torch.equal(last.to(last_logits.dtype), last_logits):
+            return None
+    library = _library_loss(device, dtype)
+    if library is None:
+        return None
+    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    return lambda states, targets: library(states.to(dtype), weight, targets, bias)
+
+
+def _library_loss(device: str, dtype: torch.dtype) -> Callable | None:
+    """(states, weight, targets, bias) -> losses in float32 (float64 in float64), by what is installed."""
+    if device == "cuda" and dtype != torch.float64 and _has_liger():
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return functools.partial(liger_fused_linear_cross_entropy, reduction="none", accum_dtype=torch.float32)
+    # In 16 bits PyTorch's rounds the losses themselves to 16 bits.
+    if dtype in (torch.float32, torch.float64) and hasattr(torch.nn.functional, "linear_cross_entropy"):
+
+        def losses(states, weight, targets, bias):
+            # Its own choice of chunks goes down to one target each, where the vocabulary is much the larger side.
+            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_chunk_size(len(weight)))
+            return torch.nn.functional.linear_cross_entropy(
+                states, weight, targets, linear_bias=bias, reduction="none", options=options
+            )
+
+        return losses
+    return None
+
+
+@functools.cache
+def _has_liger() -> bool:
+    try:
+        return Version(metadata.version("liger-kernel")) >= Version(LIGER_VERSION)
+    except metadata.PackageNotFoundError:
+        return False
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from .loss import tree_logprobs, tree_loss
 from .mask import tree_block_mask
 from .packing import pack, pack_stream, split
 from .passes import ConversationError, Pass, render_passes
+from .prefixes import share_prefixes
 from .tree import TokenTree
 from .verify import verify
 
@@ -20,6 +21,7 @@ __all__ = [
     "pack_stream",
     "render_passes",
     "set_backend",
+    "share_prefixes",
     "split",
     "tree_attention",
     "tree_block_mask",

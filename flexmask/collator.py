@@ -111,16 +111,22 @@ def to_batch(row: TokenTree, *, pad_to_multiple_of: int = BLOCK_SIZE, pad_token_
     weight = row.target_weight
     if not weight.any():
         raise ValueError("the row has no targets, or none with a weight, so there is nothing to train on")
-    padding = -len(row) % pad_to_multiple_of
-    # A padding token is a tree of its own: it sees itself, and nothing sees it.
-    subtree_end = np.concatenate([row.subtree_end, np.arange(len(row) + 1, len(row) + padding + 1, dtype=np.int32)])
     labels = torch.from_numpy(row.target_ids)[None]
-    batch = {
-        "input_ids": torch.from_numpy(np.pad(row.input_ids, (0, padding), constant_values=pad_token_id))[None],
-        "position_ids": torch.from_numpy(np.pad(row.position_ids, (0, padding)))[None],
-        "subtree_end": torch.from_numpy(subtree_end)[None],
+    batch = to_inputs(row, pad_to_multiple_of=pad_to_multiple_of, pad_token_id=pad_token_id) | {
         "logits_to_keep": torch.from_numpy(row.target_index),
         "labels": labels,
         "shift_labels": labels,
     }
     return batch if (weight == 1).all() else batch | {"target_weight": torch.from_numpy(weight)[None]}
+
+
+def to_inputs(row: TokenTree, *, pad_to_multiple_of: int = BLOCK_SIZE, pad_token_id: int = 0) -> dict[str, Tensor]:
+    """input_ids, position_ids and subtree_end of one row, as in its batch: what a model needs without targets."""
+    padding = -len(row) % pad_to_multiple_of
+    # A padding token is a tree of its own: it sees itself, and nothing sees it.
+    subtree_end = np.concatenate([row.subtree_end, np.arange(len(row) + 1, len(row) + padding + 1, dtype=np.int32)])
+    return {
+        "input_ids": torch.from_numpy(np.pad(row.input_ids, (0, padding), constant_values=pad_token_id))[None],
+        "position_ids": torch.from_numpy(np.pad(row.position_ids, (0, padding)))[None],
+        "subtree_end": torch.from_numpy(subtree_end)[None],
+    }

@@ -136,14 +136,17 @@ class TokenTree:
         equal trees."""
         positions = self.position_ids[self.target_index[self.pass_targets]] + 1
         passes, start = [], 0
-        for end, count in zip(self.pass_end, self.pass_supervised):
-            path = np.flatnonzero(self.subtree_end[: end + 1] > end)  # its last token and the ancestors
+        for path, count in zip(self.paths(), self.pass_supervised):
             loss_mask, weight = np.zeros(len(path), bool), np.zeros(len(path), np.float32)
             loss_mask[positions[start : start + count]] = True
             weight[positions[start : start + count]] = self.pass_weights[start : start + count]
             passes.append(Pass(self.input_ids[path], loss_mask, token_weight=weight))
             start += count
         return passes
+
+    def paths(self) -> list[np.ndarray]:
+        """For each pass the places of its tokens in the row, int64: its last token and the ancestors of that."""
+        return [np.flatnonzero(self.subtree_end[: end + 1] > end) for end in self.pass_end]
 
     @classmethod
     def concat(cls, trees: Sequence[TokenTree]) -> TokenTree:

@@ -134,7 +134,9 @@ def test_losses_and_gradients_of_the_parts_add_up(seed, num_passes, generosity):
 def plain_losses(model, batch):
     """Cross-entropies of the targets from the model's own logits, all at once."""
     batch = {name: x for name, x in batch.items() if name != "labels"}
-    return torch.nn.functional.cross_entropy(model(**batch).logits[0].float(), batch["shift_labels"][0], reduction="none")
+    return torch.nn.functional.cross_entropy(
+        model(**batch).logits[0].float(), batch["shift_labels"][0], reduction="none"
+    )
 
 
 class Library:

@@ -71,7 +71,7 @@ def tree_attention(
     }
     if backend != "auto":
         return BACKENDS[backend](query, key, value, subtree_end, **arguments)
-    for name in _preferred(query.device.type):
+    for name in _preferred(query, value):
         try:
             if name != "blockwise":  # which needs no compiler
                 _probe_backward(name, query, key, value, subtree_end, arguments)
@@ -108,16 +108,19 @@ def set_backend(backend: str) -> None:
 
 set_backend(os.environ.get("FLEXMASK_BACKEND", "auto"))
 
-# "flex" first until the Triton kernels are measured faster; no GPU has timed them yet.
+# The Triton kernels go before "flex" where they have been measured faster; no GPU has timed them yet.
 _ON_CUDA = ("flex", "triton", "blockwise")
 _ELSEWHERE = ("blockwise",)
 _broken: dict[str, str] = {}  # backends that could not be compiled under "auto", and why
 _probed: dict[tuple, dict[int, NotImplementedError | None]] = {}  # kind of call -> length -> what came of it
 
 
-def _preferred(device: str) -> list[str]:
+def _preferred(query: Tensor, value: Tensor) -> list[str]:
     """Backends to try, best first."""
-    return [name for name in (_ON_CUDA if device == "cuda" else _ELSEWHERE) if name not in _broken]
+    names = [name for name in (_ON_CUDA if query.is_cuda else _ELSEWHERE) if name not in _broken]
+    if "triton" in names and triton.is_measured_faster(query, value):
+        names.sort(key=lambda name: name != "triton")
+    return names
 
 
 def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) -> None:
@@ -151,11 +154,17 @@ def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) 
 
 
 def _is_compilation_error(error: Exception) -> bool:
-    """Of dynamo, inductor or Triton: also a kernel that needs more shared memory than the device has, or no C compiler."""
-    classes = (cls.__module__ for cls in type(error).__mro__)
-    frames = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(name.startswith(("torch._dynamo.", "torch._inductor.", "triton.")) for name in classes) or (
-        "triton.runtime.build" in frames  # where it calls gcc, and raises what Python has
+    """Of dynamo, inductor or Triton: also a kernel that needs more shared memory than the device has, or no C compiler.
+
+    Triton also raises what Python has, a plain RuntimeError say where there is no driver or a binary cannot be loaded: so
+    the frames count too. Running out of memory is not one of them.
+    """
+    classes = [cls.__module__ for cls in type(error).__mro__]
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    frames = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith(("torch._dynamo.", "torch._inductor.", "triton.")) for name in classes) or any(
+        name.startswith(("triton.runtime.", "triton.compiler.", "triton.backends.")) for name in frames
     )
 
 

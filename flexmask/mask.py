@@ -63,19 +63,20 @@ def check_subtree_end(subtree_end: Tensor) -> None:
         raise ValueError(f"subtree_end has shape {tuple(subtree_end.shape)}, expected (batch, L) with L >= 1")
     place = torch.arange(subtree_end.shape[1], dtype=torch.int32, device=subtree_end.device)
     wrong = (subtree_end <= place) | (subtree_end > subtree_end.shape[1])
+    crossing = _largest_end_within(subtree_end.clamp(max=subtree_end.shape[1])) > subtree_end
+    if not (wrong | crossing).any():  # the one place where a GPU is waited for
+        return
     if wrong.any():
         b, k = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"subtree_end[{b}, {k}] is {subtree_end[b, k].item()}, expected an end in {k + 1}..{subtree_end.shape[1]} "
             "(a padding token sees itself only: its end is its place + 1)"
         )
-    crossing = _largest_end_within(subtree_end) > subtree_end
-    if crossing.any():
-        b, k = crossing.nonzero()[0].tolist()
-        raise ValueError(
-            f"subtree_end[{b}, {k}] is {subtree_end[b, k].item()}, but a token of that subtree has a later end: "
-            "subtrees must be nested or apart, never cross"
-        )
+    b, k = crossing.nonzero()[0].tolist()
+    raise ValueError(
+        f"subtree_end[{b}, {k}] is {subtree_end[b, k].item()}, but a token of that subtree has a later end: "
+        "subtrees must be nested or apart, never cross"
+    )
 
 
 def _largest_end_within(subtree_end: Tensor) -> Tensor:
@@ -151,10 +152,12 @@ def once_per_forward(build: Callable, subtree_end: Tensor, *, position_ids: Tens
 
     What is built must not hold `subtree_end` itself, or the two would keep each other alive. Tensors of inference mode
     do not count their changes, so nothing is kept for them. Under torch.compile nothing is kept, because the compiler
-    merges equal computations of one graph by itself, and nothing is checked, because a check reads values.
+    merges equal computations of one graph by itself; nor while a CUDA graph is captured, which will be replayed with other
+    values in the same tensors. Nothing is checked in either, because a check reads values.
     """
     tensors = {} if position_ids is None else {"position_ids": position_ids}
-    if torch.compiler.is_compiling():
+    capturing = subtree_end.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or capturing:
         return None if build is check_subtree_end else build(subtree_end, **tensors, **arguments)
     if any(x.is_inference() for x in (subtree_end, *tensors.values())):
         return build(subtree_end, **tensors, **arguments)

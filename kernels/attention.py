@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from .backward import delta_kernel, dkv_kernel, dq_kernel
-from .configs import DELTA, LIST_BLOCK, PRECISION, Configs, configs
+from .configs import DELTA, LIST_BLOCK, PRECISION, TF32, Configs, configs
 from .forward import forward_kernel
 from .tiles import LOG2_E
 
@@ -38,7 +38,8 @@ def tree_attention(
     """Attention with `visible(q, k) = k <= q < subtree_end[k]`.
 
     Args:
-        query: (batch, heads, L, head_dim) float16, bfloat16 or float32; any strides but in the last dimension.
+        query: (batch, heads, L, head_dim) float16, bfloat16 or float32; any strides but in the last dimension. float32
+            is computed to float32 accuracy unless `torch.set_float32_matmul_precision` allows TF32.
         key: (batch, kv_heads, L, head_dim). value: (batch, kv_heads, L, value_dim).
         subtree_end: int32 (batch, L).
         lists: int32, which blocks of keys a block of queries reads, then the transpose: kv_num (batch, 1, n), kv_indices
@@ -53,6 +54,7 @@ def tree_attention(
 
     Raises:
         NotImplementedError: a dtype, head size or device that the kernels do not have.
+        ValueError: lists of other blocks; lists or ends that are not contiguous; a window without position_ids.
     """
     if query.dtype not in DTYPES:
         raise NotImplementedError(f"the Triton kernels take {', '.join(map(str, DTYPES))}; query is {query.dtype}")
@@ -63,12 +65,17 @@ def tree_attention(
             )
     if not (query.is_cuda or INTERPRETED):
         raise NotImplementedError(f"the Triton kernels run on CUDA; query is on {query.device}")
-    if lists[0].shape[-1] != triton.cdiv(query.shape[2], LIST_BLOCK):
-        raise ValueError(f"lists have {lists[0].shape[-1]} blocks, expected blocks of {LIST_BLOCK} tokens")
+    blocks = triton.cdiv(query.shape[2], LIST_BLOCK)
+    if lists[0].shape[-1] != blocks:
+        raise ValueError(f"lists have {lists[0].shape[-1]} blocks, expected {blocks} of {LIST_BLOCK} tokens each")
     if not all(x.is_contiguous() for x in (subtree_end, *lists)):
         raise ValueError("subtree_end and lists must be contiguous; call .contiguous() on them")
+    if sliding_window is not None and position_ids is None:
+        raise ValueError(f"sliding_window is {sliding_window} without position_ids, in which a window is counted")
     if position_ids is not None:
-        position_ids = position_ids.to(torch.int32).contiguous()
+        position_ids = position_ids.to(torch.int32).contiguous()  # nothing is done where they are so already
+    if sinks is not None:
+        sinks = sinks.contiguous()
     return _forward(query, key, value, subtree_end, lists, position_ids, sinks, scale, softcap, sliding_window)[0]
 
 
@@ -87,7 +94,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     query, key, value = map(_rows_contiguous, (query, key, value))
     out, lse = _empty_outputs(query, value)
-    config = _configs(query, value).forward
+    config = pinned_configs(query, value).forward
     mask = subtree_end, subtree_end if position_ids is None else position_ids
     with _on(query.device):
         forward_kernel[_grid(query, config.block_m)](
@@ -117,7 +124,7 @@ def _backward(
     grad_out, query, key, value = map(_rows_contiguous, (grad_out, query, key, value))
     dq, dk, dv, dsinks = _empty_gradients(query, key, value, sinks)
     delta = torch.empty_like(lse)
-    config = _configs(query, value)
+    config = pinned_configs(query, value)
     constants = _constants(query, key, value, softcap, sliding_window)
     scalars = _scalars(query, lists, scale, softcap, sliding_window)
     mask = subtree_end, subtree_end if position_ids is None else position_ids
@@ -127,7 +134,8 @@ def _backward(
             VALUE_DIM=constants["VALUE_DIM"], VDIM=constants["VDIM"], LIST_BLOCK=LIST_BLOCK, BLOCK_M=DELTA.block_m,
             num_warps=DELTA.num_warps,
         )  # fmt: skip
-        dkv_kernel[_grid(key, config.dkv.block_n)](
+        blocks, kv_heads, batch = _grid(key, config.dkv.block_n)
+        dkv_kernel[kv_heads, blocks, batch](
             query, key, value, grad_out, lse, delta, dk, dv, *mask, *lists[4:],
             *_strides(query, key, value, grad_out, dk, dv), *scalars, **constants, **config.dkv.options(),
         )  # fmt: skip
@@ -170,6 +178,7 @@ def _(grad_out, query, key, value, out, lse, subtree_end, lists, position_ids, s
 
 def _setup_context(ctx, inputs, output):
     query, key, value, subtree_end, lists, position_ids, sinks, *ctx.options = inputs
+    ctx.set_materialize_grads(False)  # nothing depends on lse
     ctx.save_for_backward(query, key, value, *output, subtree_end, position_ids, sinks, *lists)
 
 
@@ -184,7 +193,8 @@ def _autograd(ctx, grad_out, _grad_lse):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _configs(query: Tensor, value: Tensor) -> Configs:
+def pinned_configs(query: Tensor, value: Tensor) -> Configs:
+    """The configurations that a call with these tensors runs with. Raises as `configs` does."""
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
     return configs(capability, max(query.shape[-1], value.shape[-1]), query.dtype)
 
@@ -215,8 +225,15 @@ def _constants(query, key, value, softcap, sliding_window) -> dict:
         "RAGGED": query.shape[2] % LIST_BLOCK != 0,
         "SOFTCAP": softcap is not None,
         "WINDOW": sliding_window is not None,
-        "PRECISION": "ieee" if INTERPRETED else PRECISION,  # the interpreter knows no other
+        "PRECISION": _precision(),
     }
+
+
+def _precision() -> str:
+    """How float32 products are made."""
+    if INTERPRETED:
+        return "ieee"  # it knows no other
+    return PRECISION if torch.get_float32_matmul_precision() == "highest" else TF32
 
 
 def _on(device: torch.device):

@@ -43,8 +43,9 @@ def dkv_kernel(
 ):  # fmt: skip
     """dk and dv. A program owns BLOCK_N keys of one key/value head and walks, for each query head of its group, the
     query blocks that read them. Tiles are transposed: keys down, queries to the right."""
-    start_n = tl.program_id(0) * BLOCK_N  # the first keys are read most, so they start first
-    kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    # The first keys are read most, so they start first: those of all heads, which is why heads count fastest here.
+    start_n = tl.program_id(1) * BLOCK_N
+    kv_head, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     subtree_end += batch * length
     position_ids += batch * length
     keys = start_n + tl.arange(0, BLOCK_N)

@@ -31,6 +31,7 @@ KERNELS = {"forward": forward_kernel, "delta": delta_kernel, "dkv": dkv_kernel, 
 # Capability"); of the chips that share a row of the table, the smallest.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TENSOR_MEMORY = 512  # columns of an SM (PTX ISA, "Tensor Memory")
+BEST = {90: "wgmma", 100: "tcgen05.mma"}  # what a chip must be seen to use in 16 bits
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -117,7 +118,7 @@ def check(arch: int, wide: bool, size: int, name: str, features: str) -> tuple[s
         wrong += "  SPILLS"
     if name == "delta":
         pass  # no products
-    elif found.tensor_cores == "-" or (arch == 90 and not wide and found.tensor_cores != "wgmma"):
+    elif found.tensor_cores == "-" or (not wide and found.tensor_cores != BEST.get(arch, found.tensor_cores)):
         wrong += "  WITHOUT TENSOR CORES"
     cells = (
         arch, NAMES[dtype], size, name, f"{config.block_m} x {config.block_n}", config.num_warps, config.num_stages,

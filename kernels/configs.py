@@ -31,12 +31,17 @@ DELTA = Config(32, 1, 4, 1)  # no keys; 32 rows, so that head size 256 fits into
 
 @dataclass(frozen=True)
 class Configs:
-    """The configurations of the three kernels. `timed_on` names the GPU that they were found fastest on, if any."""
+    """The configurations of the three kernels.
+
+    Attributes:
+        faster_than_flex_on: the GPU on which they were measured faster than FlexAttention, forward and backward; None if
+            they were not, or nobody has measured. It makes them the default where their row applies.
+    """
 
     forward: Config
     dkv: Config
     dq: Config
-    timed_on: str | None = None
+    faster_than_flex_on: str | None = None
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -67,7 +72,7 @@ def configs(capability: tuple[int, int], dim: int, dtype: torch.dtype) -> Config
     return TABLE[architecture(capability), wide][size]
 
 
-# (row, float32?) -> head size up to -> configuration. No GPU has timed any of these yet (timed_on is None everywhere).
+# (row, float32?) -> head size up to -> configuration. No GPU has timed any of these yet (faster_than_flex_on is None everywhere).
 # Each is the largest tile that `make kernels-check` shows to fit with few or no spills, because a larger tile reads less
 # and feeds the tensor cores better; then three stages where they fit, because with two the next tile is asked for at the
 # end of a step and waited for at the start of the next. benchmarks/kernel_configs.py times the candidates.
@@ -109,3 +114,4 @@ TABLE |= {(row, True): _FLOAT32 for row in (80, 90, 100, 120)}
 # float32 accuracy on tensor cores: operands as sums of three bfloat16 numbers (24 bits), the six largest products. Plain
 # float32 products ("ieee") spill thousands of bytes per thread, and TF32 has 11 bits.
 PRECISION = "bf16x6"
+TF32 = "tf32"  # where torch.set_float32_matmul_precision asks for less

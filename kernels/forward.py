@@ -42,7 +42,7 @@ def forward_kernel(
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if SINKS:
-        top = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2_E
+        top = tl.zeros((BLOCK_M,), tl.float32) + tl.maximum(tl.load(sinks + head).to(tl.float32) * LOG2_E, LOWEST)
         total += 1.0
     o = tl.zeros((BLOCK_M, VDIM), tl.float32)
     factor = log2_factor(scale, softcap, SOFTCAP)

@@ -86,7 +86,7 @@ def check(inputs, ends, positions, visible, *, window=None, softcap=None, sinks=
     seed=st.integers(0, 2**32 - 1),
     length=st.sampled_from([1, 17, 113, 127, 128, 129, 256, 300]),
     batch=st.integers(1, 2),
-    heads=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
+    heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]),
     dims=st.sampled_from([(16, 16), (24, 40), (80, 80), (48, 32)]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     softcap=st.sampled_from([None, 1.5]),
@@ -113,6 +113,41 @@ def test_head_sizes(dims, monkeypatch):
         0, 140, heads=2, kv_heads=1, dim=dims[0], value_dim=dims[1], dtype=torch.float32
     )
     check(inputs, ends, positions, visible)
+
+
+def test_query_heads_read_the_key_heads_of_their_group(monkeypatch):
+    """4 query heads on 2 key heads: 0, 0, 1, 1, and not 0, 1, 0, 1."""
+    use_tiles(monkeypatch, 128, 128)
+    *inputs, s, ends, positions, visible = problem(
+        5, 140, heads=4, kv_heads=2, dim=16, value_dim=16, dtype=torch.float32
+    )
+    check(inputs, ends, positions, visible, sinks=s)
+
+
+@pytest.mark.parametrize("sinks", ["column", "expanded", "nothing"])
+def test_sinks_of_any_layout(sinks, monkeypatch):
+    """The bug guarded: a column or an expanded scalar was read as if contiguous, and a sink of -inf gave NaN."""
+    use_tiles(monkeypatch, 128, 128)
+    *inputs, _, ends, _, visible = problem(5, 140, heads=4, dim=16, value_dim=16, dtype=torch.float32)
+    values = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    s = {"column": values[:, 1], "expanded": values[0, :1].expand(4), "nothing": torch.full((4,), -torch.inf)}[sinks]
+    found = tree_attention(*(x.to(DEVICE) for x in inputs), ends.to(DEVICE), sinks=s.to(DEVICE), backend="triton")
+    close(found.cpu(), dense_attention(*(x.double() for x in inputs), visible, sinks=s.double()), 4e-6)
+
+
+def test_queries_keys_and_values_are_not_copied(monkeypatch):
+    """As transformers hands them over: slices of a projection, heads after places."""
+    launched = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append(args)
+
+    monkeypatch.setattr(kernels, "forward_kernel", Recorded())
+    fused = torch.randn(1, 140, 6, 16, device=DEVICE)
+    q, k, v = (x.transpose(1, 2) for x in fused.split(2, dim=2))
+    tree_attention(q, k, v, torch.full((1, 140), 140, dtype=torch.int32, device=DEVICE), backend="triton")
+    assert [x.data_ptr() for x in launched[0][:3]] == [x.data_ptr() for x in (q, k, v)]
 
 
 def test_a_long_row_of_conversations(monkeypatch):
@@ -241,6 +276,14 @@ def no_c_compiler():
         triton.runtime.build._build("driver", "", "", [], [], [], [])
 
 
+def no_driver():
+    """Triton's driver module where there is none: an AssertionError."""
+    exec(
+        compile("raise AssertionError('libcuda.so cannot found')", "driver.py", "exec"),
+        {"__name__": "triton.backends.x"},
+    )
+
+
 def no_valid_choices():
     from torch._inductor import select_algorithm
 
@@ -251,7 +294,7 @@ def out_of_shared_memory():
     raise triton.runtime.errors.OutOfResources(280_000, 232_448, "shared memory")
 
 
-@pytest.mark.parametrize("fault", [no_c_compiler, no_valid_choices, out_of_shared_memory])
+@pytest.mark.parametrize("fault", [no_c_compiler, no_driver, no_valid_choices, out_of_shared_memory])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_auto_goes_from_flex_to_triton(fault, where, monkeypatch, caplog):
     """FlexAttention fails: said once with the reason, the same result from our kernels."""
@@ -283,7 +326,32 @@ def test_auto_goes_from_flex_to_triton(fault, where, monkeypatch, caplog):
     assert len(used) == 3, "two calls and a probe"
     message = caplog.messages[0]
     assert len(caplog.messages) == 1 and "'flex' failed" in message
-    assert any(reason in message for reason in ("C compiler", "No choices", "out of resource: shared memory"))
+    assert any(
+        reason in message for reason in ("C compiler", "libcuda", "No choices", "out of resource: shared memory")
+    )
+
+
+def test_auto_takes_triton_where_it_was_measured_faster(monkeypatch):
+    row = configs((9, 0), 16, torch.float32)
+    monkeypatch.setattr(flexmask.attention, "_ELSEWHERE", flexmask.attention._ON_CUDA)
+    x = torch.zeros(1, 1, 1, 16)
+    assert flexmask.attention._preferred(x, x) == ["flex", "triton", "blockwise"]
+    monkeypatch.setattr(kernels, "configs", lambda *_: dataclasses.replace(row, faster_than_flex_on="some GPU"))
+    assert flexmask.attention._preferred(x, x) == ["triton", "flex", "blockwise"]
+    assert flexmask.attention._preferred(x.double(), x.double())[0] == "triton", (
+        "which refuses it, and the next is asked"
+    )
+
+
+def test_float32_products_are_exact_unless_tf32_is_asked_for(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    assert kernels._precision() == "bf16x6"
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert kernels._precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("length", [1, 17, 113, 127, 129, 1023])
@@ -315,6 +383,12 @@ def test_what_the_kernels_do_not_have_is_refused():
         tree_attention(*inputs, ends, backend="triton")
     with pytest.raises(NotImplementedError, match="head sizes from 16 to 256; head_dim is 8"):
         tree_attention(*(x.float() for x in inputs), ends, backend="triton")
+    q, k, v = (x.float().new_ones(1, 2, 20, 16) for x in inputs)
+    lists = [getattr(block_lists(ends), field.name) for field in dataclasses.fields(block_lists(ends))]
+    with pytest.raises(ValueError, match="sliding_window is 4 without position_ids"):
+        kernels.tree_attention(q, k, v, ends, lists, scale=1.0, sliding_window=4)
+    with pytest.raises(ValueError, match="lists have 1 blocks, expected 2 of 128 tokens each"):
+        kernels.tree_attention(*(x.new_ones(1, 2, 140, 16) for x in (q, k, v)), ends, lists, scale=1.0)
     with pytest.raises(NotImplementedError, match=r"compute capability 8.0 or newer, this device has 7.5"):
         configs((7, 5), 64, torch.float16)
     assert [architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 1))] == [80, 120, 90, 100, 120]

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..mask import block_lists, once_per_forward
+
+
+def is_measured_faster(query: Tensor, value: Tensor) -> bool:
+    """Whether a GPU of this kind has shown these kernels faster than FlexAttention, for these head sizes and dtype."""
+    try:
+        from flexmask_kernels.attention import pinned_configs
+
+        return pinned_configs(query, value).faster_than_flex_on is not None
+    except (ModuleNotFoundError, NotImplementedError):
+        return False
 
 
 def attention(
@@ -29,6 +40,8 @@ def attention(
     except ModuleNotFoundError as error:
         raise NotImplementedError(f"backend 'triton' needs Triton ({error}); backend 'blockwise' does not") from error
     lists = once_per_forward(block_lists, subtree_end, position_ids=position_ids, sliding_window=sliding_window)
+    if position_ids is not None:
+        position_ids = once_per_forward(_int32, subtree_end, position_ids=position_ids)
     return tree_attention(
         query,
         key,
@@ -41,3 +54,7 @@ def attention(
         position_ids=position_ids,
         sinks=sinks,
     )
+
+
+def _int32(subtree_end: Tensor, *, position_ids: Tensor) -> Tensor:
+    return position_ids.to(torch.int32).contiguous()

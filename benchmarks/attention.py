@@ -1,15 +1,22 @@
-"""Attention on a tree row, forward and forward + backward: our backends against SDPA with the dense mask.
+"""Attention on a row of conversations: our backends, and what a user would pick instead. Forward, and backward by itself.
 
-python benchmarks/attention.py                 # 4096 tokens, 8 heads of 64, float32: what a CPU can do
+TFLOP/s are over visible pairs: forward 4 · heads · head_dim · pairs, backward 2.5 times that. Two contenders compute
+something else, as a yardstick: SDPA on a plain causal sequence of the same length, whose pairs are L (L + 1) / 2.
+
+python benchmarks/attention.py cpu
 """
-
-import argparse
 
 import numpy as np
 import torch
-from common import CONVERSATIONS, conversation, measure, save, table
+from common import CONVERSATIONS, DEVICE, Benchmark, conversation, elapsed, machine, measure, peak_memory
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from flexmask import TokenTree, tree_attention
+from flexmask.mask import BLOCK_SIZE, block_lists, mask_mod, tree_block_mask
+
+# Without this a symbolic length makes FlexAttention's backward refuse retain_graph, by which it is timed alone.
+torch._functorch.config.donated_buffer = False
 
 
 def row_of(length: int, turns: tuple) -> torch.Tensor:
@@ -19,47 +26,164 @@ def row_of(length: int, turns: tuple) -> torch.Tensor:
     while sum(map(len, trees)) < length:
         trees.append(TokenTree.from_passes(conversation(rng, *turns, vocab=1000)))
     ends = TokenTree.concat(trees).subtree_end[:length].clip(max=length)
-    return torch.from_numpy(ends)[None]
+    return torch.from_numpy(ends)[None].to(DEVICE)
+
+
+def dense_mask(ends: torch.Tensor) -> torch.Tensor:
+    place = torch.arange(ends.shape[1], device=ends.device)
+    return (place <= place[:, None]) & (place[:, None] < ends[0])
+
+
+class Tree:
+    """One of our backends."""
+
+    def __init__(self, backend: str):
+        self.backend = backend
+
+    def mask(self, ends):
+        return block_lists(ends) if self.backend != "blockwise" else None
+
+    def attend(self, q, k, v, ends, mask):
+        return tree_attention(q, k, v, ends, backend=self.backend)
+
+
+class Flex:
+    """FlexAttention by itself, compiled for each length as it is."""
+
+    def __init__(self, make_mask, **options):
+        torch._dynamo.reset()  # past its limit of recompilations FlexAttention would run dense, silently
+        self.make_mask = make_mask
+        self.flex = torch.compile(flex_attention, dynamic=False, fullgraph=True, **options)
+
+    def mask(self, ends):
+        return self.make_mask(ends)
+
+    def attend(self, q, k, v, ends, mask):
+        return self.flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Dense:
+    """SDPA with the dense mask, keys and values repeated as transformers does where there is a mask."""
+
+    def mask(self, ends):
+        return dense_mask(ends)
+
+    def attend(self, q, k, v, ends, mask):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class PlainCausal:
+    """SDPA on one plain sequence, with its flash kernel: the ceiling of what PyTorch ships."""
+
+    def mask(self, ends):
+        return None
+
+    def attend(self, q, k, v, ends, mask):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def library_mask(ends):
+    length = ends.shape[1]
+    return torch.compile(create_block_mask)(mask_mod(ends), 1, None, length, length, device=ends.device)
+
+
+def contenders(device: str) -> dict:
+    """name -> a function that makes the contender; what takes long to compile last."""
+    if device == "cpu":
+        return {
+            "blockwise": lambda: Tree("blockwise"),
+            "SDPA, dense mask": Dense,
+            "SDPA, plain causal": PlainCausal,
+        }
+    return {
+        "triton": lambda: Tree("triton"),
+        "flex": lambda: Tree("flex"),
+        "SDPA, plain causal": PlainCausal,
+        "SDPA, dense mask": Dense,
+        "FlexAttention, our BlockMask, static": lambda: Flex(tree_block_mask),
+        "FlexAttention, create_block_mask": lambda: Flex(library_mask),
+        "FlexAttention, our BlockMask, max-autotune": lambda: Flex(tree_block_mask, mode="max-autotune-no-cudagraphs"),
+    }
+
+
+def compare(bench: Benchmark, name: str, make, tensors, ends, what: dict) -> None:
+    """A row of the result; one that cannot do it says why."""
+    q, k, v, grad = tensors
+    heads, length, head_dim = q.shape[1:]
+    pairs = int((ends[0] - torch.arange(length, device=ends.device)).sum())  # each key is seen by its subtree
+    visible, causal = pairs / length**2, name == "SDPA, plain causal"
+    if causal:
+        pairs = length * (length + 1) // 2
+    work = 4 * heads * head_dim * pairs / 1e12
+    row = what | {"attention": name, "visible": visible}
+    try:
+        contender = make()
+        if DEVICE == "cuda":
+            row["mask, MiB"] = peak_memory(lambda: contender.mask(ends.clone())) / 2**20
+        row["mask"] = measure(lambda: contender.mask(ends.clone()), 3)  # a clone, since lists are kept for a tensor
+        mask = contender.mask(ends)
+
+        def attend():
+            return contender.attend(q, k, v, ends, mask)
+
+        row["first result"] = elapsed(lambda: attend().backward(grad))
+        with torch.no_grad():
+            row["forward"] = measure(attend, bench.settings.repeats)
+        row["forward TFLOP/s"] = work / row["forward"]["median"]
+        out = attend()
+        row["backward"] = measure(
+            lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), bench.settings.repeats
+        )
+        row["backward TFLOP/s"] = 2.5 * work / row["backward"]["median"]
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+    bench.add(**row)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv_heads", type=int, default=8)
-    parser.add_argument("--head_dim", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=9)
-    args = parser.parse_args()
+    bench = Benchmark("attention", __doc__)
+    settings, names = bench.settings, contenders(DEVICE)
+    print(machine())
+    # The contenders that take longest to compile come after everything else.
+    for some in (list(names)[:4], list(names)[4:]):
+        for dtype in settings.dtypes:
+            for heads, kv_heads, head_dim in settings.shapes:
+                for length in settings.lengths:
+                    tensors = [
+                        torch.randn(1, length, n, head_dim, device=DEVICE, dtype=getattr(torch, dtype)).transpose(1, 2)
+                        for n in (heads, kv_heads, kv_heads, heads)
+                    ]
+                    tensors = [x.requires_grad_() for x in tensors[:3]] + tensors[3:]
+                    for turns in settings.conversations:
+                        ends = row_of(length, CONVERSATIONS[turns])
+                        lists = block_lists(ends)
+                        tiles = int(lists.kv_num.sum() + lists.full_kv_num.sum())
+                        needed = int((ends[0] - torch.arange(length, device=DEVICE)).sum())
+                        what = {
+                            "conversation": turns, "length": length, "heads": f"{heads}:{kv_heads}x{head_dim}",
+                            "dtype": dtype, "visited tiles needed": needed / (tiles * BLOCK_SIZE**2),
+                        }  # fmt: skip
+                        for name in some:
+                            compare(bench, name, names[name], tensors, ends, what)
+    bench.plot(lambda *axes: draw(bench.rows, *axes), width=12, panels=2)
+    print("saved", bench.path.name)
 
-    rows = []
-    for name, turns in CONVERSATIONS.items():
-        ends = row_of(args.length, turns)
-        place = torch.arange(args.length)
-        mask = (place <= place[:, None]) & (place[:, None] < ends[0])
-        q = torch.randn(1, args.heads, args.length, args.head_dim, requires_grad=True)
-        k, v = (torch.randn(1, args.kv_heads, args.length, args.head_dim, requires_grad=True) for _ in range(2))
-        grad = torch.randn_like(q)
-        contenders = {
-            "blockwise": lambda q=q, k=k, v=v, ends=ends: tree_attention(q, k, v, ends, backend="blockwise"),
-            "sdpa, dense mask": lambda q=q, k=k, v=v, mask=mask: torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, enable_gqa=args.heads != args.kv_heads
-            ),
-        }
-        for contender, attend in contenders.items():
-            with torch.no_grad():
-                forward = measure(attend, args.repeats)
-            both = measure(lambda attend=attend, grad=grad: attend().backward(grad), args.repeats)
-            rows.append(
-                {
-                    "conversation": name,
-                    "visible": mask.float().mean().item(),
-                    "attention": contender,
-                    "forward": forward,
-                    "forward + backward": both,
-                }
-            )
-    print(table(rows))
-    print("saved", save("attention_cpu", rows, length=args.length, heads=args.heads, head_dim=args.head_dim).name)
+
+def draw(rows: list[dict], *axes) -> None:
+    """Bars: forward and backward of every contender, at the largest length and first shape."""
+    length = max(row["length"] for row in rows)
+    chosen = [r for r in rows if r["length"] == length and r["heads"] == rows[0]["heads"] and "error" not in r]
+    turns = list(dict.fromkeys(row["conversation"] for row in chosen))
+    names = list(dict.fromkeys(row["attention"] for row in chosen))
+    for axis, direction in zip(axes, ("forward", "backward")):
+        for i, name in enumerate(names):
+            of_name = {r["conversation"]: r[f"{direction} TFLOP/s"] for r in chosen if r["attention"] == name}
+            at = np.arange(len(turns)) + (i - len(names) / 2 + 0.5) * 0.8 / len(names)
+            axis.bar(at, [of_name.get(t, 0) for t in turns], 0.8 / len(names), label=name)
+        axis.set_xticks(range(len(turns)), turns, fontsize=7)
+        axis.set(title=f"{direction}, {length:,} tokens, {rows[0]['dtype']}", ylabel="TFLOP/s over visible pairs")
+    axes[0].legend(fontsize=7)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,32 @@
-"""What every benchmark shares: conversations of given lengths, repeated timing, and a result file that says where."""
+"""What every benchmark shares: its settings, conversations of given lengths, repeated timing, a result that says where.
 
+A benchmark is run as `python benchmarks/NAME.py SIZE`. Its settings are `configs/NAME.yaml`, one section for each size
+(smoke, cpu, gpu); its result is `results/NAME_SIZE.json`, with a picture beside it where one helps.
+"""
+
+import argparse
+import gc
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
+import yaml
+from matplotlib.figure import Figure
 
 from flexmask import Pass
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The rows of DESIGN.md's table: turns; mean tokens of a user message, a thought, a response.
 CONVERSATIONS = {
     "6 turns, short": (6, 60, 150, 100),
@@ -36,53 +48,137 @@ def conversation(rng: np.random.Generator, turns: int, h: int, t: int, r: int, v
     return passes
 
 
-def measure(function, repeats: int, warmup: int = 1) -> dict[str, float]:
+def measure(function: Callable, repeats: int, warmup: int = 1) -> dict[str, float]:
     """Seconds per call: median, fastest and slowest of `repeats`, after `warmup` calls that do not count."""
     for _ in range(warmup):
         function()
     seconds = []
     for _ in range(repeats):
-        _synchronize()
-        start = time.perf_counter()
-        function()
-        _synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(elapsed(function))
     return {"median": float(np.median(seconds)), "min": min(seconds), "max": max(seconds), "repeats": repeats}
 
 
+def elapsed(function: Callable) -> float:
+    """Seconds of one call, with everything it started on a GPU."""
+    _synchronize()
+    start = time.perf_counter()
+    function()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(function: Callable) -> int:
+    """Bytes that a call needs at its peak beyond what there was: of the GPU, or of the process, which knows only its own
+    highest ever (so call this before anything larger, and in a process of its own where that matters)."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    before = _resident()
+    function()
+    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
 def _synchronize() -> None:
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
-def save(name: str, rows: list[dict], **more) -> Path:
-    """Write rows and where they come from: machine, versions, commit, command."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    result = {
-        "command": " ".join([*_environment(), "python", *map(_relative, sys.argv)]),
-        "commit": git.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{cpu}, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        **more,
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+class Benchmark:
+    """Settings of the size that the command line names, and the result, written after every row.
+
+    Attributes:
+        settings: of `configs/NAME.yaml`, as attributes.
+        rows: what `add` was given.
+    """
+
+    def __init__(self, name: str, description: str, argv: list[str] | None = None):
+        self.name = name
+        sizes = yaml.safe_load((HERE / "configs" / f"{name}.yaml").read_text())
+        parser = argparse.ArgumentParser(
+            prog=f"python benchmarks/{name}.py",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("size", choices=sizes, help=f"a section of configs/{name}.yaml")
+        parser.add_argument("--output_dir", type=Path, default=RESULTS, help="where the result goes")
+        self.args = parser.parse_args(argv)
+        self.settings = argparse.Namespace(**sizes[self.args.size] or {})
+        self.rows: list[dict] = []
+        self.start = time.perf_counter()
+
+    @property
+    def path(self) -> Path:
+        return self.args.output_dir / f"{self.name}_{self.args.size}.json"
+
+    def add(self, **row) -> None:
+        """A row, shown and written at once: a later one may fail or take too long."""
+        self.rows.append(row)
+        print("  ".join(f"{key}: {_text(value)}" for key, value in row.items()), flush=True)
+        self.save()
+
+    def save(self, **more) -> None:
+        """Write rows and where they come from: machine, versions, commit, command, settings."""
+        result = {
+            "command": " ".join([*_environment(), "python", f"benchmarks/{self.name}.py", self.args.size]),
+            "commit": _commit(),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "versions": versions(),
+            "settings": vars(self.settings),
+            "seconds": round(time.perf_counter() - self.start),
+            **more,
+            "rows": self.rows,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+
+    def plot(self, draw: Callable, *, width: float = 7, panels: int = 1) -> None:
+        """`draw(*axes)` on a picture beside the result."""
+        figure = Figure(figsize=(width, 4), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        draw(*axes)
+        for axis in axes:
+            axis.grid(alpha=0.3)
+        figure.savefig(self.path.with_suffix(".png"), dpi=120)
 
 
-def _cpuinfo() -> list[str]:
+def machine() -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "triton", "trl"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if DEVICE == "cuda":
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _commit() -> str:
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
+        return git.stdout.strip() or "unknown"
+    except FileNotFoundError:
+        return "unknown"
 
 
 def _environment() -> list[str]:
@@ -90,10 +186,13 @@ def _environment() -> list[str]:
     return [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(("MALLOC_", "OMP_"))]
 
 
-def _relative(argument: str) -> str:
-    """Paths of the machine it ran on do not belong in a result."""
-    path = Path(argument)
-    return f"{path.parent.name}/{path.name}" if path.is_absolute() else argument
+def _without_nan(value):
+    """NaN is no JSON."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
 
 
 def table(rows: list[dict]) -> str:
@@ -109,3 +208,23 @@ def _text(value) -> str:
     if isinstance(value, dict):
         return f"{value['median']:.4g} s"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+class Vocabulary:
+    """What the collator needs of a tokenizer where tokens are random."""
+
+    pad_token_id = 0
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def in_own_process(script: str, *arguments: str) -> dict:
+    """Run a script with arguments, and read the JSON object of its last line: for peak memory on a CPU."""
+    run = subprocess.run([sys.executable, str(HERE / script), *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr[-2000:])
+    return json.loads(run.stdout.splitlines()[-1])

@@ -1,9 +1,10 @@
-"""Which tile sizes are fastest: times every candidate of each Triton kernel on this GPU. For kernels/configs.py.
+"""Which tile sizes are fastest: times candidates of each Triton kernel on this GPU. For kernels/configs.py.
 
-python benchmarks/kernel_configs.py --head_dim 128
+A candidate whose output or gradients are not those of the pinned configuration is no candidate.
+
+python benchmarks/kernel_configs.py gpu
 """
 
-import argparse
 import contextlib
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -12,77 +13,99 @@ from itertools import product
 
 import torch
 from attention import row_of
-from common import CONVERSATIONS, save, table
+from common import CONVERSATIONS, DEVICE, Benchmark, machine, measure, table
 from flexmask_kernels import attention as kernels
-from flexmask_kernels.configs import Config, configs
-from triton.testing import do_bench
+from flexmask_kernels.configs import Config
 
 from flexmask import tree_attention
 
-CANDIDATES = [Config(m, n, w, s) for m, n, w, s in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)) if m + n > 64]
+KERNELS = ("forward", "dkv", "dq")
 
 
-def inputs(length: int, args: argparse.Namespace) -> list[torch.Tensor]:
+def inputs(settings, head_dim: int, length: int) -> list[torch.Tensor]:
     """q, k and v as models hand them over."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
     return [
-        torch.randn(1, length, heads, args.head_dim, device="cuda", dtype=getattr(torch, args.dtype))
+        torch.randn(
+            1, length, heads, head_dim, device=DEVICE, dtype=getattr(torch, settings.dtype), generator=generator
+        )
         .transpose(1, 2)
         .requires_grad_()
-        for heads in (args.heads, args.kv_heads, args.kv_heads)
+        for heads in (settings.heads, settings.kv_heads, settings.kv_heads)
     ]
 
 
-def compile_one(config: Config, args: argparse.Namespace) -> None:
+def candidates(settings) -> list[Config]:
+    sizes = product(settings.tiles, settings.tiles, settings.warps, settings.stages)
+    return [Config(m, n, warps, stages) for m, n, warps, stages in sizes if m + n > 32]
+
+
+@contextlib.contextmanager
+def running(chosen):
+    """All calls run with these configurations."""
+    pinned = kernels.configs
+    kernels.configs = lambda *_: chosen
+    try:
+        yield
+    finally:
+        kernels.configs = pinned
+
+
+def compile_one(config: Config, settings, head_dim: int) -> None:
     """Put all three kernels with this configuration into Triton's cache, from a process of its own."""
-    for kernel in ("forward", "dkv", "dq"):
-        pinned = configs(torch.cuda.get_device_capability(), args.head_dim, getattr(torch, args.dtype))
-        chosen = replace(pinned, **{kernel: config})
-        kernels.configs = lambda *_, chosen=chosen: chosen
-        with contextlib.suppress(Exception):  # does not fit; the timing says so
-            ends = torch.full((1, 256), 256, dtype=torch.int32, device="cuda")
-            tree_attention(*inputs(256, args), ends, backend="triton").sum().backward()
+    q, k, v = inputs(settings, head_dim, 256)
+    ends = torch.full((1, 256), 256, dtype=torch.int32, device=DEVICE)
+    pinned = kernels.pinned_configs(q, v)
+    for kernel in KERNELS:
+        with running(replace(pinned, **{kernel: config})), contextlib.suppress(Exception):  # the timing says so
+            tree_attention(q, k, v, ends, backend="triton").sum().backward()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=16384)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv_heads", type=int, default=8)
-    parser.add_argument("--head_dim", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--processes", type=int, default=8, help="that compile side by side")
-    args = parser.parse_args()
-    ends = row_of(args.length, CONVERSATIONS["12 turns, long thoughts"]).cuda()
-    q, k, v = inputs(args.length, args)
-    grad = torch.randn_like(q)
-    pinned = configs(torch.cuda.get_device_capability(), args.head_dim, q.dtype)
-    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_one, CANDIDATES, [args] * len(CANDIDATES)))
-    rows = []
-    for kernel in ("forward", "dkv", "dq"):
-        for candidate in dict.fromkeys([getattr(pinned, kernel), *CANDIDATES]):
-            chosen = replace(pinned, **{kernel: candidate})
-            kernels.configs = lambda *_, chosen=chosen: chosen
-            try:
-                if kernel == "forward":
-                    with torch.no_grad():
-                        ms = do_bench(lambda: tree_attention(q, k, v, ends, backend="triton"), return_mode="median")
-                else:  # the whole backward; the other two kernels are the same in every line
-                    out = tree_attention(q, k, v, ends, backend="triton")
-                    ms = do_bench(
-                        lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True),
-                        return_mode="median",
-                    )
-            except Exception as error:  # does not fit
-                print(kernel, candidate, type(error).__name__, flush=True)
-                continue
-            is_pinned = candidate == getattr(pinned, kernel)
-            rows.append(
-                {"kernel": kernel, "m, n, warps, stages": str(astuple(candidate)), "ms": ms, "pinned": is_pinned}
-            )
-    rows.sort(key=lambda row: (row["kernel"], row["ms"]))
-    print(table([row for name in ("forward", "dkv", "dq") for row in [r for r in rows if r["kernel"] == name][:6]]))
-    print("saved", save(f"kernel_configs_{args.head_dim}", rows, **vars(args)).name)
+    bench = Benchmark("kernel_configs", __doc__)
+    settings = bench.settings
+    print(machine())
+    ends = row_of(settings.length, CONVERSATIONS[settings.conversation])
+    for head_dim in settings.head_dims:
+        if settings.processes:
+            with ProcessPoolExecutor(settings.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+                for config in candidates(settings):
+                    pool.submit(compile_one, config, settings, head_dim)
+        q, k, v = inputs(settings, head_dim, settings.length)
+        grad = torch.randn_like(q)
+        pinned = kernels.pinned_configs(q, v)
+
+        def attend(q=q, k=k, v=v):
+            return tree_attention(q, k, v, ends, backend="triton")
+
+        right = [attend().detach(), *torch.autograd.grad(attend(), (q, k, v), grad)]
+        for kernel in KERNELS:
+            for candidate in dict.fromkeys([getattr(pinned, kernel), *candidates(settings)]):
+                row = {"head size": head_dim, "kernel": kernel, "m, n, warps, stages": str(astuple(candidate))}
+                row["pinned"] = candidate == getattr(pinned, kernel)
+                try:
+                    with running(replace(pinned, **{kernel: candidate})):
+                        out = attend()
+                        found = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)]
+                        for a, b in zip(found, right):
+                            error = ((a.float() - b.float()).norm() / b.float().norm()).item()
+                            if not error < 1e-2:
+                                raise ValueError(f"differs from the pinned configuration by {error:.1e}")
+                        if kernel == "forward":
+                            with torch.no_grad():
+                                row["time"] = measure(attend, settings.repeats)
+                        else:  # the whole backward; the other kernels are the same in every row
+                            row["time"] = measure(
+                                lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True),
+                                settings.repeats,
+                            )
+                except Exception as error:
+                    row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+                bench.add(**row)
+    for head_dim, kernel in product(settings.head_dims, KERNELS):
+        timed = [r for r in bench.rows if (r["head size"], r["kernel"]) == (head_dim, kernel) and "time" in r]
+        print(table(sorted(timed, key=lambda r: r["time"]["median"])[:6]))
+    print("saved", bench.path.name)
 
 
 if __name__ == "__main__":

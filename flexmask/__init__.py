@@ -2,6 +2,7 @@
 
 from .attention import set_backend, tree_attention
 from .collator import OnePassCollator
+from .cost import cost
 from .integrations.transformers import register as _register
 from .loss import tree_logprobs, tree_loss
 from .mask import tree_block_mask
@@ -17,6 +18,7 @@ __all__ = [
     "OnePassCollator",
     "Pass",
     "TokenTree",
+    "cost",
     "pack",
     "pack_stream",
     "render_passes",

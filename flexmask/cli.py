@@ -142,10 +142,11 @@ class InspectArguments:
 
 
 def _inspect(argv: list[str]) -> int:
+    from .cost import cost
     from .data import load_conversations
     from .inspect import draw_mask, inspect_passes
     from .passes import render_conversation
-    from .train import TemplateArguments, load_tokenizer
+    from .train import TemplateArguments, load_config, load_tokenizer
 
     description = "Show what a conversation becomes, and draw its mask."
     args, template_args, name = _parse(
@@ -159,4 +160,8 @@ def _inspect(argv: list[str]) -> int:
     inspection = inspect_passes(passes)
     draw_mask(inspection.tree, args.output)
     print(f"{inspection}\nmask picture: {args.output}")
+    try:
+        print(f"\n{cost(inspection.tree, load_config(args.tokenizer, tokenizer))}")
+    except (OSError, ValueError, NotImplementedError) as error:
+        print(f"\nFLOPs are not counted: {' '.join(str(error).split())}")
     return 0

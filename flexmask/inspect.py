@@ -15,7 +15,7 @@ from os import PathLike
 import numpy as np
 import torch
 
-from .mask import BLOCK_SIZE, BlockLists, block_lists
+from .mask import BLOCK_SIZE, block_lists, count_tiles
 from .passes import Pass
 from .tree import TokenTree
 
@@ -129,8 +129,7 @@ def inspect_passes(passes: Sequence[Pass], *, block_size: int = BLOCK_SIZE) -> I
 
 def inspect_tree(tree: TokenTree, *, block_size: int = BLOCK_SIZE) -> Inspection:
     """The same for a tree made before, or for a packed row."""
-    lists = _block_lists(tree, block_size)
-    full, partial = int(lists.full_kv_num.sum()), int(lists.kv_num.sum())
+    full, partial = count_tiles(torch.from_numpy(tree.subtree_end)[None], block_size=block_size)
     blocks = -(-len(tree) // block_size)
     return Inspection(
         tree=tree,
@@ -199,10 +198,6 @@ def _target_places(tree: TokenTree) -> np.ndarray:
     while (other := tree.input_ids[place] != tree.target_ids).any():
         place[other] = tree.subtree_end[place[other]]  # the next child of the same parent
     return place
-
-
-def _block_lists(tree: TokenTree, block_size: int) -> BlockLists:
-    return block_lists(torch.from_numpy(tree.subtree_end)[None], block_size=block_size)
 
 
 def draw_mask(
@@ -307,7 +302,7 @@ def _draw_tiles(axes, tree: TokenTree) -> bool:
 
     if len(tree) > 40 * BLOCK_SIZE:
         return False
-    lists = _block_lists(tree, BLOCK_SIZE)
+    lists = block_lists(torch.from_numpy(tree.subtree_end)[None])
     tiles = [
         Rectangle((k * BLOCK_SIZE, q * BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE)
         for num, indices in ((lists.kv_num, lists.kv_indices), (lists.full_kv_num, lists.full_kv_indices))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers.utils.import_utils import is_tracing
 
 BLOCK_SIZE = 128
 
@@ -112,6 +113,26 @@ def block_lists(
             by their extremes only, so a few tiles that the window empties may stay listed as partial.
         block_size: queries, and keys, of a tile.
     """
+    partial, full = _tiles(subtree_end, position_ids, sliding_window, block_size)
+    return BlockLists(*_ordered(partial), *_ordered(full), *_ordered(partial.mT), *_ordered(full.mT))
+
+
+def count_tiles(
+    subtree_end: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    sliding_window: int | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> tuple[int, int]:
+    """How many tiles the kernels visit, (full, partial). Arguments as in `block_lists`."""
+    partial, full = _tiles(subtree_end, position_ids, sliding_window, block_size)
+    return int(full.sum()), int(partial.sum())
+
+
+def _tiles(
+    subtree_end: Tensor, position_ids: Tensor | None, sliding_window: int | None, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """bool (batch, query blocks, key blocks): which tiles are partial, and which are full."""
     length = subtree_end.shape[1]
     n = -(-length // block_size)
     device = subtree_end.device
@@ -129,9 +150,7 @@ def block_lists(
         low, high = positions.amin(-1), positions.amax(-1)
         visible &= low[:, :, None] - high[:, None, :] < sliding_window
         full &= high[:, :, None] - low[:, None, :] < sliding_window
-    partial = (visible & ~full) | (block[None, :] == block[:, None])
-    full = full & visible
-    return BlockLists(*_ordered(partial), *_ordered(full), *_ordered(partial.mT), *_ordered(full.mT))
+    return (visible & ~full) | (block[None, :] == block[:, None]), full & visible
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,11 +172,10 @@ def once_per_forward(build: Callable, subtree_end: Tensor, *, position_ids: Tens
     What is built must not hold `subtree_end` itself, or the two would keep each other alive. Tensors of inference mode
     do not count their changes, so nothing is kept for them. Under torch.compile nothing is kept, because the compiler
     merges equal computations of one graph by itself; nor while a CUDA graph is captured, which will be replayed with other
-    values in the same tensors. Nothing is checked in either, because a check reads values.
+    values in the same tensors. Nothing is checked in either, nor for fake tensors, because a check reads values.
     """
     tensors = {} if position_ids is None else {"position_ids": position_ids}
-    capturing = subtree_end.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing:
+    if is_tracing(subtree_end):
         return None if build is check_subtree_end else build(subtree_end, **tensors, **arguments)
     if any(x.is_inference() for x in (subtree_end, *tensors.values())):
         return build(subtree_end, **tensors, **arguments)

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -341,6 +343,15 @@ def load_tokenizer(name: str, conversations: Sequence[dict], **options) -> PreTr
         if Path(name).exists():
             raise OSError(f"{name}: holds no tokenizer: {' '.join(str(error).split())}") from error
         raise OSError(f"{name}: there is no such folder, and loading it from the hub failed: {error}") from error
+
+
+def load_config(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of the model that a tokenizer belongs to.
+
+    Raises:
+        OSError: there is none beside the tokenizer. ValueError: it is unknown to transformers.
+    """
+    return demo.tiny_model(tokenizer).config if name == TINY_MODEL else AutoConfig.from_pretrained(name)
 
 
 def _load(name: str, split: str, seed: int) -> list[dict]:

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.import_utils import is_tracing
 
 from ..attention import tree_attention
 from ..mask import once_per_forward
@@ -149,7 +150,7 @@ def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict
     limit = _rotary_limit(config)
     if (window or limit) and kwargs.get("position_ids") is None:
         raise _refuse(config, f"{layer} is not told the position_ids of the batch")
-    if limit is not None and not torch.compiler.is_compiling():  # a check reads values
+    if limit is not None and not is_tracing(subtree_end):  # a check reads values
         longest = once_per_forward(_longest_path, subtree_end, position_ids=kwargs["position_ids"])
         if longest > limit:
             raise _refuse(

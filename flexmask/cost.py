@@ -1,0 +1,199 @@
+"""What a training step takes, counted and not measured: floating-point operations and bytes of activations."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from .integrations.transformers import NAME
+from .mask import BLOCK_SIZE, count_tiles
+from .tree import TokenTree
+
+# Forward, and backward twice that. Attention computes its scores again in the backward: five products to two.
+_STEP, _ATTENTION_STEP = 3, 3.5
+_PROBE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One training step, forward and backward, of a tree or of separate sequences.
+
+    Attributes:
+        tokens: that go through the model, padding not counted.
+        logits: places at which logits are computed.
+        linear_flops: of everything that is multiplied with weights, but for the output layer.
+        attention_flops: of the 128×128 tiles that hold a visible pair.
+        loss_flops: of the output layer.
+        activation_bytes: kept for the backward, without gradient checkpointing, in bfloat16; without logits, of which a chunk
+            is held at a time.
+    """
+
+    tokens: int
+    logits: int
+    linear_flops: float
+    attention_flops: float
+    loss_flops: float
+    activation_bytes: int
+
+    @property
+    def flops(self) -> float:
+        return self.linear_flops + self.attention_flops + self.loss_flops
+
+
+@dataclass(frozen=True)
+class CostComparison:
+    """A tree, and its passes as separate sequences. `str()` of it is a table.
+
+    Attributes:
+        one_pass: the tree.
+        n_pass: the passes, with logits where there is a target.
+        n_pass_all_logits: the passes as trainers run them that take labels of -100, with logits of every token.
+    """
+
+    one_pass: Cost
+    n_pass: Cost
+    n_pass_all_logits: Cost
+
+    @property
+    def speed_up(self) -> float:
+        """FLOPs of `n_pass` over those of `one_pass`."""
+        return self.n_pass.flops / self.one_pass.flops
+
+    def __str__(self) -> str:
+        lines = [f"{'one step':<28}{'one tree':>12}{'N passes':>12}{'ratio':>8}{'all logits':>13}{'ratio':>8}"]
+        one, n, everything = self.one_pass, self.n_pass, self.n_pass_all_logits
+        for name, attribute, unit in (
+            ("linear layers, TFLOP", "linear_flops", 1e12),
+            ("attention, TFLOP", "attention_flops", 1e12),
+            ("output layer, TFLOP", "loss_flops", 1e12),
+            ("all, TFLOP", "flops", 1e12),
+            ("activations, GiB", "activation_bytes", 2**30),
+        ):
+            a, b, c = (getattr(cost, attribute) / unit for cost in (one, n, everything))
+            if name.startswith("activations"):  # sequences are run one after the other
+                lines.append(f"{name:<28}{a:>12.3g}{b:>12.3g}{'':>8}{c:>13.3g}   of the longest pass, for N passes")
+            else:
+                lines.append(f"{name:<28}{a:>12.3g}{b:>12.3g}{b / a:>8.2f}{c:>13.3g}{c / a:>8.2f}")
+        return "\n".join(lines)
+
+
+def cost(tree: TokenTree, config: PreTrainedConfig) -> CostComparison:
+    """Count a training step of a tree (a conversation, or a packed row), and of its passes run one after the other.
+
+    A multiplication and an addition are two operations. Linear layers and activations are counted on the model itself,
+    built from the configuration without memory for weights; attention as 2 · (head_dim + value_dim) for each pair of each
+    visited tile and head (FlashAttention-2, arXiv 2307.08691, section 4), with the sliding windows of the layers that have
+    them. The backward is twice the forward, 2.5 times in attention. Norms, activation functions and the optimiser are not
+    counted. N passes one after the other keep the activations of one pass at a time: of the longest.
+
+    Args:
+        tree: what is trained.
+        config: of a causal LM.
+
+    Raises:
+        ValueError: transformers knows no causal LM for this configuration.
+        NotImplementedError: an architecture that a tree would train wrongly.
+    """
+    model = _model(type(config), config.to_json_string(use_diff=False))
+    lengths = tree.pass_lengths
+
+    def step(sequences: list[tuple[np.ndarray, np.ndarray]], tokens: int, logits: int, kept: int) -> Cost:
+        attention = sum(
+            flops * sum(_tiles(*sequence, window) for sequence in sequences)
+            for window, flops in model.tile_flops.items()
+        )
+        return Cost(
+            tokens=tokens,
+            logits=logits,
+            linear_flops=_STEP * model.linear_flops * tokens,
+            attention_flops=_ATTENTION_STEP * attention,
+            loss_flops=_STEP * model.logits_flops * logits,
+            activation_bytes=round(model.activation_bytes * kept),
+        )
+
+    passes = [(np.full(n, n, np.int32), np.arange(n)) for n in lengths.tolist()]
+    total, longest = int(lengths.sum()), int(lengths.max())
+    n_pass = step(passes, total, int(tree.pass_supervised.sum()), longest)
+    return CostComparison(
+        one_pass=step([(tree.subtree_end, tree.position_ids)], len(tree), tree.num_targets, len(tree)),
+        n_pass=n_pass,
+        n_pass_all_logits=replace(n_pass, logits=total, loss_flops=_STEP * model.logits_flops * total),
+    )
+
+
+def _tiles(subtree_end: np.ndarray, position_ids: np.ndarray, window: int | None) -> int:
+    ends, positions = torch.from_numpy(subtree_end)[None], torch.from_numpy(position_ids)[None]
+    return sum(count_tiles(ends, position_ids=positions, sliding_window=window))
+
+
+def _grouped_product_flops(states, weights, *args, out_shape=None, **kwargs) -> int:
+    """(tokens, in), sorted by expert, times the (experts, in, out) of theirs. PyTorch's counter does not know it."""
+    return 2 * states[0] * weights[-2] * weights[-1]
+
+
+_EXPERTS = {torch.ops.aten._grouped_mm: _grouped_product_flops}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The forward of a model: FLOPs of a token, of its logits, of a tile in all layers of a window; bytes of a token."""
+
+    linear_flops: float
+    logits_flops: float
+    tile_flops: dict[int | None, int]
+    activation_bytes: float
+
+
+@functools.lru_cache(maxsize=16)
+def _model(config_class: type[PreTrainedConfig], config: str) -> _Model:
+    """Run the model once on fake tensors, which have shapes only, and record what it does."""
+    config = config_class(**json.loads(config))
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.bfloat16).train()
+        tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
+        inputs = {"input_ids": tokens, "position_ids": tokens, "subtree_end": tokens.to(torch.int32)}
+        weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+        saved = []
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            saved.append(x)  # kept alive, so that no two share an address
+            return x
+
+        calls = _AttentionCalls()
+        with (
+            FlopCounterMode(display=False, custom_mapping=_EXPERTS) as flops,
+            calls,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        ):
+            model.base_model(**inputs, use_cache=False)
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in saved}
+    text = config.get_text_config()
+    return _Model(
+        linear_flops=flops.get_total_flops() / _PROBE_TOKENS,
+        logits_flops=2 * text.hidden_size * text.vocab_size,
+        tile_flops=dict(calls.tile_flops),
+        activation_bytes=sum(size for storage, size in storages.items() if storage not in weights) / _PROBE_TOKENS,
+    )
+
+
+class _AttentionCalls(TorchDispatchMode):
+    """Records the calls of tree attention, which on fake tensors are those of the `blockwise` operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.tile_flops = Counter()  # window -> of all its layers
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.flexmask.blockwise_forward.default:
+            query, _, value, *_, window = args
+            self.tile_flops[window] += 2 * query.shape[1] * (query.shape[-1] + value.shape[-1]) * BLOCK_SIZE**2
+        return function(*args, **kwargs or {})

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .integrations.transformers import NAME
+from .loss import chunk_size
 from .mask import BLOCK_SIZE, count_tiles
 from .tree import TokenTree
 
@@ -32,7 +33,7 @@ class Cost:
         logits: places at which logits are computed.
         linear_flops: of everything that is multiplied with weights, but for the output layer.
         attention_flops: of the 128×128 tiles that hold a visible pair.
-        loss_flops: of the output layer.
+        loss_flops: of the output layer, whose logits are computed twice where they are too many to be kept.
         activation_bytes: kept for the backward, without gradient checkpointing, in bfloat16; without logits, of which a chunk
             is held at a time.
     """
@@ -104,27 +105,28 @@ def cost(tree: TokenTree, config: PreTrainedConfig) -> CostComparison:
         NotImplementedError: an architecture that a tree would train wrongly.
     """
     model = _model(type(config), config.to_json_string(use_diff=False))
+    chunk = chunk_size(config.get_text_config().vocab_size)
     lengths = tree.pass_lengths
 
-    def step(sequences: list[tuple[np.ndarray, np.ndarray]], tokens: int, logits: int, kept: int) -> Cost:
+    def step(sequences: list[tuple[np.ndarray, np.ndarray]], tokens: int, logits: list[int], kept: int) -> Cost:
         attention = sum(
             flops * sum(_tiles(*sequence, window) for sequence in sequences)
             for window, flops in model.tile_flops.items()
         )
         return Cost(
             tokens=tokens,
-            logits=logits,
+            logits=sum(logits),
             linear_flops=_STEP * model.linear_flops * tokens,
             attention_flops=_ATTENTION_STEP * attention,
-            loss_flops=_STEP * model.logits_flops * logits,
+            loss_flops=model.logits_flops * sum(n * (4 if n > chunk else _STEP) for n in logits),
             activation_bytes=round(model.activation_bytes * kept),
         )
 
     passes = [(np.full(n, n, np.int32), np.arange(n)) for n in lengths.tolist()]
     total, longest = int(lengths.sum()), int(lengths.max())
-    n_pass = step(passes, total, int(tree.pass_supervised.sum()), longest)
+    n_pass = step(passes, total, tree.pass_supervised.tolist(), longest)
     return CostComparison(
-        one_pass=step([(tree.subtree_end, tree.position_ids)], len(tree), tree.num_targets, len(tree)),
+        one_pass=step([(tree.subtree_end, tree.position_ids)], len(tree), [tree.num_targets], len(tree)),
         n_pass=n_pass,
         n_pass_all_logits=replace(n_pass, logits=total, loss_flops=_STEP * model.logits_flops * total),
     )

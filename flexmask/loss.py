@@ -76,7 +76,7 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in batch.items() if name not in ("labels", "target_weight")}
     index, targets = batch.pop("logits_to_keep"), batch.pop("shift_labels")[0]
-    size = _chunk_size(inner.config.get_text_config().vocab_size)
+    size = chunk_size(inner.config.get_text_config().vocab_size)
     if len(index) <= size or inner.base_model is inner:
         return _cross_entropy(model(**batch, logits_to_keep=index, use_cache=False).logits, targets)
 
@@ -116,7 +116,8 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
         hook.remove()
 
 
-def _chunk_size(vocab_size: int) -> int:
+def chunk_size(vocab_size: int) -> int:
+    """How many targets have their logits at the same time, at most."""
     return max(1, CHUNK_LOGITS // vocab_size)
 
 
@@ -158,7 +159,7 @@ def _library_loss(device: str, dtype: torch.dtype) -> Callable | None:
 
         def losses(states, weight, targets, bias):
             # Its own choice of chunks goes down to one target each, where the vocabulary is much the larger side.
-            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_chunk_size(len(weight)))
+            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size(len(weight)))
             return torch.nn.functional.linear_cross_entropy(
                 states, weight, targets, linear_bias=bias, reduction="none", options=options
             )

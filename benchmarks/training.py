@@ -1,0 +1,272 @@
+"""Models and training steps that the benchmarks share: one-pass, and what a user would do instead."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from common import DEVICE, Vocabulary, conversation, in_own_process, measure, peak_memory
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from flexmask import OnePassCollator, Pass, TokenTree, cost, pack, split, tree_loss
+from flexmask.mask import BLOCK_SIZE, count_tiles
+
+# The shapes of models people fine-tune; weights are random. `layers` can be lowered for a small machine.
+SHAPES = {
+    "tiny": lambda: LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    ),
+    "SmolLM2-135M": lambda: LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    ),
+    "Qwen3-0.6B": lambda: Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    ),
+    "Qwen3-1.7B": lambda: Qwen3Config(
+        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+def build(shape: str, layers: int | None = None, *, checkpointing: bool = False, seed: int = 0):
+    """A model with random weights: float32 on a CPU, bfloat16 on a GPU, as autocast would run it."""
+    config = SHAPES[shape]()
+    config.max_position_embeddings = 65536
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    torch.manual_seed(seed)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="flexmask", dtype=dtype).to(DEVICE)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def on_device(batch: dict) -> dict:
+    return {name: x.to(DEVICE) for name, x in batch.items()}
+
+
+# Each method: (conversations, vocabulary, max_tokens) -> (attention, batches, trees that count their FLOPs, whose count).
+
+
+def one_pass(conversations: Sequence[Sequence[Pass]], vocab: int, max_tokens: int):
+    """Trees packed into rows."""
+    rows = pack([TokenTree.from_passes(passes) for passes in conversations], max_tokens)
+    return "flexmask", [OnePassCollator(Vocabulary(vocab))([row]) for row in rows], rows, "one_pass"
+
+
+def in_parts(conversations, vocab: int, parts: int):
+    """One-pass with every conversation split into so many parts, each a batch of its own."""
+    trees = []
+    for passes in conversations:
+        tree = TokenTree.from_passes(passes)
+        low, high = tree.max_length, len(tree)
+        while low < high:  # the fewest tokens that do with so many parts
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(split(tree, middle)) <= parts else (middle + 1, high)
+        trees += split(tree, low)
+    return "flexmask", [OnePassCollator(Vocabulary(vocab))([tree]) for tree in trees], trees, "one_pass"
+
+
+def sequences(conversations, vocab, max_tokens):
+    """N-pass, one sequence at a time, labels of -100 where nothing is trained: what most scripts do."""
+    passes = [p for passes in conversations for p in passes]
+    return "sdpa", [_labelled([p]) for p in passes], _alone(passes), "n_pass_all_logits"
+
+
+def sequences_targets(conversations, vocab, max_tokens):
+    """The same, with logits where there is a target, as one-pass has them."""
+    passes = [p for passes in conversations for p in passes]
+    return "sdpa", [_targets_only(p) for p in passes], _alone(passes), "n_pass"
+
+
+def padded(conversations, vocab, max_tokens):
+    """N-pass, batches of passes of like lengths, padded on the right, of at most max_tokens."""
+    batches, batch = [], []
+    for p in sorted((p for passes in conversations for p in passes), key=lambda p: len(p.input_ids)):
+        if batch and (len(batch) + 1) * len(p.input_ids) > max_tokens:
+            batches.append(batch)
+            batch = []
+        batch.append(p)
+    batches.append(batch)
+    longest = [Pass(batch[-1].input_ids, batch[-1].loss_mask) for batch in batches for _ in batch]
+    return "sdpa", [_labelled(batch) for batch in batches], _alone(longest), "n_pass_all_logits"
+
+
+def packed(conversations, vocab, max_tokens):
+    """N-pass, passes packed into rows in which no pass sees another, with logits at targets: the strongest N-pass. It runs
+    on our attention (a tree without forks is a document mask), which skips the tiles between documents."""
+    rows = pack([TokenTree.from_passes([p]) for passes in conversations for p in passes], max_tokens)
+    return "flexmask", [OnePassCollator(Vocabulary(vocab))([row]) for row in rows], rows, "one_pass"
+
+
+def interleaved(conversations, vocab, max_tokens):
+    """The published one-pass method: turn by turn in one sequence, with a dense mask handed to SDPA. (Targets are those of
+    the tree; the published label shift gets one of each turn wrong.)"""
+    trees = [TokenTree.from_passes(passes) for passes in conversations]
+    return "dense-mask", [_turn_by_turn(tree) for tree in trees], trees, "dense"
+
+
+METHODS: dict[str, Callable] = {
+    "one-pass": one_pass,
+    "N-pass, sequences": sequences,
+    "N-pass, sequences, logits at targets": sequences_targets,
+    "N-pass, padded batches": padded,
+    "N-pass, packed": packed,
+    "published one-pass": interleaved,
+}
+
+
+def run(spec: dict) -> dict:
+    """Measure the training step that a specification describes; on a CPU in a process of its own, for its peak memory.
+
+    Args:
+        spec: method (of METHODS, or "one-pass" with parts), shape, layers, checkpointing, conversations, turns (fewest,
+            most), lengths (h, t, r), max_tokens, repeats.
+
+    Returns:
+        step (seconds), tokens (of the passes), tokens/s, peak MiB beyond the weights (gradients and optimiser included),
+        loss, TFLOP counted.
+    """
+    return _measure(spec) if DEVICE == "cuda" else in_own_process("training.py", json.dumps(spec))
+
+
+def _measure(spec: dict) -> dict:
+    rng = np.random.default_rng(0)
+    config = SHAPES[spec["shape"]]()
+    conversations = [
+        conversation(
+            rng, int(rng.integers(spec["turns"][0], spec["turns"][1] + 1)), *spec["lengths"], config.vocab_size
+        )
+        for _ in range(spec["conversations"])
+    ]
+    passes = [p for passes in conversations for p in passes]
+    if spec.get("parts"):
+        attention, batches, trees, count = in_parts(conversations, config.vocab_size, spec["parts"])
+    else:
+        method = METHODS[spec["method"]]
+        attention, batches, trees, count = method(conversations, config.vocab_size, spec["max_tokens"])
+    model = build(spec["shape"], spec.get("layers"), checkpointing=spec.get("checkpointing", False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    model.set_attn_implementation(attention)
+    targets = sum(int(np.sum(p.loss_mask)) for p in passes)
+    batches = [{name: x.to(DEVICE) for name, x in batch.items()} for batch in batches]
+    with torch.no_grad():
+        loss = sum(_loss(model, batch, targets).item() for batch in batches)
+
+    def step() -> None:
+        for batch in batches:
+            _loss(model, batch, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    peak = peak_memory(step)  # the first, which also allocates the optimiser's states
+    seconds = measure(step, spec["repeats"], warmup=1)
+    tokens = sum(len(p.input_ids) for p in passes)
+    return {
+        "step": seconds,
+        "tokens": tokens,
+        "tokens/s": tokens / seconds["median"],
+        "tokens run": sum(batch["input_ids"].numel() for batch in batches),
+        "batches": len(batches),
+        "peak MiB": peak / 2**20,
+        "loss": loss,
+        "TFLOP": sum(_flops(tree, model.config, count) for tree in trees) / 1e12,
+    }
+
+
+def _flops(tree: TokenTree, config, count: str) -> float:
+    costs = cost(tree, config)
+    if count != "dense":
+        return getattr(costs, count).flops
+    blocks = -(-len(tree) // BLOCK_SIZE)  # nothing is skipped
+    tiles = sum(count_tiles(torch.from_numpy(tree.subtree_end)[None]))
+    return costs.one_pass.flops + costs.one_pass.attention_flops * (blocks**2 / tiles - 1)
+
+
+def _loss(model, batch: dict, targets: int) -> torch.Tensor:
+    """The sum over targets, divided by the number of all of them. Trees as `flexmask train` does it, never with all logits;
+    everything else through the library's own loss."""
+    if "subtree_end" in batch:
+        return tree_loss(model, batch, targets)
+    with _dense_mask(batch):
+        inputs = {name: x for name, x in batch.items() if name != "dense_mask"}
+        return model(**inputs, use_cache=False, num_items_in_batch=targets).loss
+
+
+def _alone(passes: Sequence[Pass]) -> list[TokenTree]:
+    return [TokenTree.from_passes([p]) for p in passes]
+
+
+def _labelled(passes: Sequence[Pass]) -> dict[str, torch.Tensor]:
+    """Passes as a right-padded batch with labels."""
+    length = max(len(p.input_ids) for p in passes)
+    ids, mask, labels = (torch.full((len(passes), length), fill) for fill in (0, 0, -100))
+    for row, p in enumerate(passes):
+        tokens, trained = torch.from_numpy(np.asarray(p.input_ids)), torch.from_numpy(np.asarray(p.loss_mask))
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        labels[row, : len(tokens)] = tokens.masked_fill(~trained, -100)
+    return {"input_ids": ids, "labels": labels} | ({"attention_mask": mask} if len(passes) > 1 else {})
+
+
+def _targets_only(p: Pass) -> dict[str, torch.Tensor]:
+    ids = torch.from_numpy(np.asarray(p.input_ids))
+    trained = torch.from_numpy(np.flatnonzero(p.loss_mask))
+    labels = ids[trained][None]
+    return {"input_ids": ids[None], "logits_to_keep": trained - 1, "labels": labels, "shift_labels": labels}
+
+
+def _turn_by_turn(tree: TokenTree) -> dict[str, torch.Tensor]:
+    """The tokens of each pass that no earlier one has, pass after pass: the tree in the order of the conversation."""
+    order, placed = [], np.zeros(len(tree), bool)
+    for path in tree.paths():
+        order.extend(path[~placed[path]].tolist())
+        placed[path] = True
+    order = np.array(order)
+    place = np.argsort(order)
+    visible = (order[None, :] <= order[:, None]) & (order[:, None] < tree.subtree_end[order][None, :])
+    labels = torch.from_numpy(tree.target_ids)[None]
+    return {
+        "input_ids": torch.from_numpy(tree.input_ids[order])[None],
+        "position_ids": torch.from_numpy(tree.position_ids[order])[None],
+        "dense_mask": torch.from_numpy(visible)[None, None],
+        "logits_to_keep": torch.from_numpy(place[tree.target_index]),
+        "labels": labels,
+        "shift_labels": labels,
+    }
+
+
+_mask = None  # of the batch that is being run: transformers' own way of a mask of four dimensions needs it as float
+
+
+@contextlib.contextmanager
+def _dense_mask(batch: dict):
+    global _mask
+    _mask = batch.get("dense_mask")
+    try:
+        yield
+    finally:
+        _mask = None
+
+
+def _dense_attention(module, query, key, value, attention_mask, *, scaling=None, **kwargs):
+    """SDPA with the dense mask, keys and values repeated, as transformers does where there is a mask."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    out = scaled_dot_product_attention(query, key, value, attn_mask=_mask, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("dense-mask", _dense_attention)
+AttentionMaskInterface.register("dense-mask", lambda **_: None)
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(json.loads(sys.argv[1]))))

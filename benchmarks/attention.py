@@ -8,7 +8,7 @@ python benchmarks/attention.py cpu
 
 import numpy as np
 import torch
-from common import CONVERSATIONS, DEVICE, Benchmark, conversation, elapsed, machine, measure, peak_memory
+from common import CONVERSATIONS, DEVICE, Benchmark, bars, conversation, elapsed, measure, peak_memory
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -143,8 +143,11 @@ def compare(bench: Benchmark, name: str, make, tensors, ends, what: dict) -> Non
 
 def main() -> None:
     bench = Benchmark("attention", __doc__)
+    bench.run(lambda: fill(bench), lambda *axes: draw(bench.rows, *axes), width=12, panels=2)
+
+
+def fill(bench: Benchmark) -> None:
     settings, names = bench.settings, contenders(DEVICE)
-    print(machine())
     # The contenders that take longest to compile come after everything else.
     for some in (list(names)[:4], list(names)[4:]):
         for dtype in settings.dtypes:
@@ -166,22 +169,14 @@ def main() -> None:
                         }  # fmt: skip
                         for name in some:
                             compare(bench, name, names[name], tensors, ends, what)
-    bench.plot(lambda *axes: draw(bench.rows, *axes), width=12, panels=2)
-    print("saved", bench.path.name)
 
 
 def draw(rows: list[dict], *axes) -> None:
     """Bars: forward and backward of every contender, at the largest length and first shape."""
     length = max(row["length"] for row in rows)
     chosen = [r for r in rows if r["length"] == length and r["heads"] == rows[0]["heads"] and "error" not in r]
-    turns = list(dict.fromkeys(row["conversation"] for row in chosen))
-    names = list(dict.fromkeys(row["attention"] for row in chosen))
     for axis, direction in zip(axes, ("forward", "backward")):
-        for i, name in enumerate(names):
-            of_name = {r["conversation"]: r[f"{direction} TFLOP/s"] for r in chosen if r["attention"] == name}
-            at = np.arange(len(turns)) + (i - len(names) / 2 + 0.5) * 0.8 / len(names)
-            axis.bar(at, [of_name.get(t, 0) for t in turns], 0.8 / len(names), label=name)
-        axis.set_xticks(range(len(turns)), turns, fontsize=7)
+        bars(axis, chosen, "conversation", "attention", f"{direction} TFLOP/s")
         axis.set(title=f"{direction}, {length:,} tokens, {rows[0]['dtype']}", ylabel="TFLOP/s over visible pairs")
     axes[0].legend(fontsize=7)
 

@@ -1,7 +1,7 @@
 """What every benchmark shares: its settings, conversations of given lengths, repeated timing, a result that says where.
 
 A benchmark is run as `python benchmarks/NAME.py SIZE`. Its settings are `configs/NAME.yaml`, one section for each size
-(smoke, cpu, gpu); its result is `results/NAME_SIZE.json`, with a picture beside it where one helps.
+(smoke, cpu, gpu); its result is `results/NAME_SIZE.json`, with a picture beside it. README.md tells how to read them.
 """
 
 import argparse
@@ -142,14 +142,36 @@ class Benchmark:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(_without_nan(result), indent=1) + "\n")
 
-    def plot(self, draw: Callable, *, width: float = 7, panels: int = 1) -> None:
-        """`draw(*axes)` on a picture beside the result."""
+    def run(self, fill: Callable[[], None], draw: Callable, *, width: float = 7, panels: int = 1) -> None:
+        """`fill()` adds the rows, and `draw(*axes)` puts them on a picture beside the result. Interrupted by Ctrl-C or
+        `timeout -s INT`, both hold what there is, and the result says so."""
+        print(machine(), flush=True)
+        try:
+            fill()
+        except KeyboardInterrupt:
+            print(f"interrupted after {len(self.rows)} rows")
+            self.save(interrupted=True)
+        if any("error" not in row for row in self.rows):
+            self._plot(draw, width, panels)
+        print("saved", self.path.name)
+
+    def _plot(self, draw: Callable, width: float, panels: int) -> None:
         figure = Figure(figsize=(width, 4), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
         draw(*axes)
         for axis in axes:
             axis.grid(alpha=0.3)
         figure.savefig(self.path.with_suffix(".png"), dpi=120)
+
+
+def bars(axis, rows: list[dict], group: str, kind: str, value: str) -> None:
+    """Bars side by side: one group for each value of rows' `group`, in it one bar for each `kind`, as high as `value`."""
+    groups, kinds = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, kind))
+    for i, name in enumerate(kinds):
+        height = {row[group]: row[value] for row in rows if row[kind] == name}
+        at = np.arange(len(groups)) + (i - len(kinds) / 2 + 0.5) * 0.8 / len(kinds)
+        axis.bar(at, [height.get(g, 0) for g in groups], 0.8 / len(kinds), label=name)
+    axis.set_xticks(range(len(groups)), groups, fontsize=7)
 
 
 def machine() -> str:

@@ -63,8 +63,11 @@ def compile_one(config: Config, settings, head_dim: int) -> None:
 
 def main() -> None:
     bench = Benchmark("kernel_configs", __doc__)
+    bench.run(lambda: fill(bench), lambda *axes: draw(bench.rows, *axes), width=13, panels=3)
+
+
+def fill(bench: Benchmark) -> None:
     settings = bench.settings
-    print(machine())
     ends = row_of(settings.length, CONVERSATIONS[settings.conversation])
     for head_dim in settings.head_dims:
         if settings.processes:
@@ -102,10 +105,22 @@ def main() -> None:
                 except Exception as error:
                     row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
                 bench.add(**row)
-    for head_dim, kernel in product(settings.head_dims, KERNELS):
-        timed = [r for r in bench.rows if (r["head size"], r["kernel"]) == (head_dim, kernel) and "time" in r]
-        print(table(sorted(timed, key=lambda r: r["time"]["median"])[:6]))
-    print("saved", bench.path.name)
+
+
+def draw(rows: list[dict], *axes) -> None:
+    """The ten fastest of each kernel at the first head size; the pinned one dark."""
+    for axis, kernel in zip(axes, KERNELS):
+        timed = [r for r in rows if "time" in r and (r["head size"], r["kernel"]) == (rows[0]["head size"], kernel)]
+        timed = sorted(timed, key=lambda r: r["time"]["median"])
+        if timed:
+            print(table(timed[:6]))
+        timed = [r for i, r in enumerate(timed) if i < 10 or r["pinned"]][::-1]
+        axis.barh(
+            [r["m, n, warps, stages"] for r in timed],
+            [r["time"]["median"] * 1e3 for r in timed],
+            color=["C0" if r["pinned"] else "lightsteelblue" for r in timed],
+        )
+        axis.set(title=f"{kernel}, head size {rows[0]['head size']}", xlabel="ms (forward, or whole backward)")
 
 
 if __name__ == "__main__":

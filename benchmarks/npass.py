@@ -6,50 +6,46 @@ Every row has the time beside the prediction, which is the ratio of counted FLOP
 python benchmarks/npass.py cpu
 """
 
-import numpy as np
-from common import Benchmark, machine
+from common import Benchmark, bars
 from training import METHODS, run
 
 
 def main() -> None:
     bench = Benchmark("npass", __doc__)
-    settings = bench.settings
-    print(machine())
-    for group, what in settings.groups.items():
-        common = vars(settings) | what
-        common.pop("groups")
+    bench.run(lambda: fill(bench), lambda *axes: draw(bench.rows, *axes), width=13, panels=2)
+
+
+def fill(bench: Benchmark) -> None:
+    settings = vars(bench.settings)
+    for group, what in settings["groups"].items():
         ours = None
-        for method in settings.methods or METHODS:
+        for method in METHODS:
             try:
-                found = run(common | {"method": method})
+                found = run({**settings, **what, "method": method})
             except Exception as error:
                 bench.add(group=group, method=method, error=f"{type(error).__name__}: {str(error)[-300:]}")
                 continue
-            ours = ours or found
-            slower = found["step"]["median"] / ours["step"]["median"]
-            more = found["TFLOP"] / ours["TFLOP"]
-            bench.add(
-                group=group, method=method, **found,
-                **{"one-pass is faster by": slower, "predicted": more, "of prediction": slower / more},
-            )  # fmt: skip
-    bench.plot(lambda *axes: draw(bench.rows, *axes), width=13, panels=2)
-    print("saved", bench.path.name)
+            if method == "one-pass":
+                ours = found
+            if ours:
+                slower = found["step"]["median"] / ours["step"]["median"]
+                more = found["TFLOP"] / ours["TFLOP"]
+                found |= {"one-pass is faster by": slower, "predicted": more, "of prediction": slower / more}
+            bench.add(group=group, method=method, **found)
 
 
 def draw(rows: list[dict], speed, memory) -> None:
-    """Speed of one-pass over each method, with the prediction as a mark; and peak memory."""
-    rows = [row for row in rows if "error" not in row]
-    groups, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("group", "method"))
-    for i, method in enumerate(methods):
-        of_method = {row["group"]: row for row in rows if row["method"] == method}
-        at = np.arange(len(groups)) + (i - len(methods) / 2 + 0.5) * 0.8 / len(methods)
-        for axis, key in ((speed, "one-pass is faster by"), (memory, "peak MiB")):
-            axis.bar(at, [of_method.get(g, {}).get(key, 0) for g in groups], 0.8 / len(methods), label=method)
-        speed.plot(at, [of_method.get(g, {}).get("predicted", np.nan) for g in groups], "k_", markersize=12)
+    """Time over that of one-pass, with the prediction as a mark; and peak memory."""
+    rows = [row for row in rows if "predicted" in row]
+    bars(speed, rows, "group", "method", "one-pass is faster by")
+    bars(memory, rows, "group", "method", "peak MiB")
+    for bar, row in zip(
+        (bar for container in speed.containers for bar in container),
+        sorted(rows, key=lambda row: list(METHODS).index(row["method"])),
+    ):
+        speed.plot(bar.get_x() + bar.get_width() / 2, row["predicted"], "k_", markersize=12)
     speed.set(ylabel="time over that of one-pass (line: predicted)", title="training step")
     memory.set(ylabel="MiB beyond the weights", title="peak memory")
-    for axis in (speed, memory):
-        axis.set_xticks(range(len(groups)), groups, fontsize=7)
     speed.legend(fontsize=7)
 
 

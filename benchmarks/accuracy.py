@@ -1,0 +1,156 @@
+"""The same fine-tuning twice, one-pass and N-pass: loss curves, and the share of held-out problems that is answered right.
+
+N-pass is the library's own Trainer on padded batches of passes, with its own attention (SDPA) and its own loss. Both see
+the same conversations in the same order, a few of them in each step, from the same weights and seed. Answers are generated
+greedily, one for each turn, after the true conversation before it.
+
+python benchmarks/accuracy.py cpu
+"""
+
+import re
+from itertools import zip_longest
+
+import numpy as np
+import torch
+from common import DEVICE, Benchmark
+from training import labelled
+from transformers import Trainer, set_seed
+
+from flexmask import OnePassCollator, Pass, TokenTree
+from flexmask.data import build_trees, load_conversations
+from flexmask.demo import conversations as generate_conversations
+from flexmask.train import GENERATED_DATA, ModelArguments, OnePassTrainer, OnePassTrainingArguments, load_model
+
+
+def main() -> None:
+    bench = Benchmark("accuracy", __doc__)
+    bench.run(lambda: fill(bench), lambda *axes: draw(bench, *axes), width=11, panels=2)
+
+
+def fill(bench: Benchmark) -> None:
+    settings = bench.settings
+    if settings.dataset == GENERATED_DATA:
+        conversations = generate_conversations(settings.held_out + settings.steps * settings.conversations)
+    else:
+        conversations = load_conversations(settings.dataset)
+    held_out, conversations = conversations[: settings.held_out], conversations[settings.held_out :]
+    _, tokenizer = load_model(ModelArguments(settings.model), conversations)
+    trees = build_trees(conversations[: settings.steps * settings.conversations], tokenizer).trees
+    batches = [trees[i : i + settings.conversations] for i in range(0, len(trees), settings.conversations)]
+    problems = [tree.passes() for tree in build_trees(held_out, tokenizer).trees]
+
+    texts = {}
+    bench.losses = {}
+    for method in ("before training", "one-pass", "N-pass"):
+        set_seed(0)
+        model, _ = load_model(ModelArguments(settings.model), conversations)
+        row = {"model": method}
+        if method != "before training":
+            trainer = one_pass_trainer if method == "one-pass" else n_pass_trainer
+            bench.losses[method], row["seconds"] = train(trainer, model, batches, tokenizer, settings)
+            row |= {"first loss": bench.losses[method][0], "last loss": bench.losses[method][-1]}
+        texts[method], right = answer(model, tokenizer, problems, settings)
+        row |= {
+            "answers": sum(map(len, right)),
+            "right": sum(map(sum, right)),
+            "right by turn": [sum(of_turn) for of_turn in zip_longest(*right, fillvalue=False)],
+        }
+        bench.add(**row)
+    ours, theirs = (np.array(bench.losses[method]) for method in ("one-pass", "N-pass"))
+    bench.save(
+        losses=bench.losses,
+        largest_difference=float(np.abs(ours - theirs).max()),
+        same_texts=sum(a == b for a, b in zip(texts["one-pass"], texts["N-pass"])),
+    )
+
+
+def train(make_trainer, model, batches, tokenizer, settings) -> tuple[list[float], float]:
+    """The loss of every step, and the seconds of them all."""
+    args = OnePassTrainingArguments(
+        "runs/accuracy",
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.steps // 10,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=DEVICE == "cpu",
+        bf16=DEVICE == "cuda",
+        disable_tqdm=True,
+        seed=0,
+    )
+    trainer = make_trainer(model, args, batches, tokenizer)
+    output = trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, output.metrics["train_runtime"]
+
+
+def one_pass_trainer(model, args, batches: list[list[TokenTree]], tokenizer) -> Trainer:
+    return OnePassTrainer(
+        model,
+        args,
+        train_dataset=[TokenTree.concat(trees) for trees in batches],
+        data_collator=OnePassCollator(tokenizer),
+    )
+
+
+def n_pass_trainer(model, args, batches: list[list[TokenTree]], tokenizer) -> Trainer:
+    model.set_attn_implementation("sdpa")
+    return Trainer(
+        model,
+        args,
+        train_dataset=[[p for tree in trees for p in tree.passes()] for trees in batches],
+        data_collator=lambda examples: labelled(examples[0]),
+    )
+
+
+@torch.no_grad()
+def answer(model, tokenizer, problems: list[list[Pass]], settings) -> tuple[list[str], list[list[bool]]]:
+    """What the model says to every turn of every problem, and whether its last number is that of the true response."""
+    model.set_attn_implementation("sdpa")
+    model.eval()
+    passes = [p for passes in problems for p in passes]
+    prompts, targets = zip(*((p.input_ids[~p.loss_mask], p.input_ids[p.loss_mask]) for p in passes))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    tokenizer.padding_side = "left"
+    for start in range(0, len(order), settings.generate_batch):
+        some = order[start : start + settings.generate_batch]
+        batch = tokenizer.pad({"input_ids": [prompts[i].tolist() for i in some]}, return_tensors="pt").to(DEVICE)
+        generated = model.generate(
+            **batch,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+            eos_token_id=int(targets[0][-1]),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for i, text in zip(some, tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :])):
+            texts[i] = text
+    right = iter(
+        number(text) is not None and number(text) == number(tokenizer.decode(target))
+        for text, target in zip(texts, targets)
+    )
+    return texts, [[next(right) for _ in passes] for passes in problems]
+
+
+def number(text: str) -> float | None:
+    """The last number of the response, that is, after the reasoning; none if the reasoning does not end."""
+    _, end, response = text.rpartition("</think>")
+    found = re.findall(r"\d[\d,]*(?:\.\d+)?", response if end else "")
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def draw(bench: Benchmark, curves, difference) -> None:
+    for (method, losses), style in zip(bench.losses.items(), ("-", "--")):
+        curves.plot(range(1, len(losses) + 1), losses, style, label=method)
+    curves.set(xlabel="step", ylabel="loss per target token")
+    curves.legend()
+    if len(bench.losses) == 2:
+        ours, theirs = map(np.array, bench.losses.values())
+        difference.semilogy(range(1, len(ours) + 1), np.abs(ours - theirs).clip(1e-9), ".-")
+    difference.set(xlabel="step", ylabel="difference of the losses")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Time and memory of a training step on one conversation that is split into K parts: K = 1 is one-pass, K = N is N-pass.
+
+python benchmarks/split.py cpu
+"""
+
+from common import Benchmark
+from training import run
+
+SEQUENCES = "N-pass, sequences, logits at targets"
+
+
+def main() -> None:
+    bench = Benchmark("split", __doc__)
+    bench.run(lambda: fill(bench), lambda *axes: draw(bench.rows, *axes), width=13, panels=2)
+
+
+def fill(bench: Benchmark) -> None:
+    settings = vars(bench.settings)
+    spec = {**settings, "conversations": 1, "turns": [settings["turns"]] * 2}
+    for parts in settings["parts"]:
+        bench.add(parts=parts, method="one-pass", **run({**spec, "parts": parts}))
+    bench.add(parts=settings["turns"], method=SEQUENCES, **run({**spec, "parts": None, "method": SEQUENCES}))
+
+
+def draw(rows: list[dict], over_parts, trade) -> None:
+    """Time and memory over K; and one against the other."""
+    ours = [row for row in rows if row["method"] == "one-pass"]
+    parts, seconds, memory = zip(*((row["parts"], row["step"]["median"], row["peak MiB"]) for row in ours))
+    over_parts.plot(parts, [s / seconds[0] for s in seconds], "o-", label="step time")
+    over_parts.plot(parts, [m / memory[0] for m in memory], "s-", label="peak memory")
+    over_parts.plot(parts, [row["tokens run"] / ours[0]["tokens run"] for row in ours], "^:", label="tokens run")
+    over_parts.set(xlabel="parts K", ylabel="over those of one part", ylim=(0, None))
+    over_parts.legend()
+    trade.plot(memory, seconds, "o-")
+    for x, y, k in zip(memory, seconds, parts):
+        trade.annotate(f"K = {k}", (x, y), xytext=(5, 5), textcoords="offset points")
+    for row in rows[len(ours) :]:
+        trade.plot(row["peak MiB"], row["step"]["median"], "kx", label=row["method"])
+        trade.legend()
+    trade.set(xlabel="peak MiB beyond the weights", ylabel="step, seconds", xlim=(0, None), ylim=(0, None))
+
+
+if __name__ == "__main__":
+    main()

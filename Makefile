@@ -21,17 +21,19 @@ kernels-check: $(VENV)/.installed  ## compile every kernel configuration ahead o
 
 # On a machine with a GPU, its own Python and no network: nothing is installed. Most of the time goes into compiling.
 GPU_WORKERS ?= 8
-GPU := PYTHONPATH=$(CURDIR):$(CURDIR)/build/gpu:$(CURDIR)/tests:$(CURDIR)/benchmarks $(PYTHON)
+GPU := PYTHONPATH=$(CURDIR):$(CURDIR)/build/gpu:$(CURDIR)/tests:$(CURDIR)/benchmarks
 
 build/gpu/flexmask_kernels:
 	mkdir -p build/gpu && ln -sfn $(CURDIR)/kernels $@
 
 gpu-test: build/gpu/flexmask_kernels  ## the tests that need a GPU, and the kernel tests on it
-	$(GPU) -m pytest -n $(GPU_WORKERS) tests/test_cuda.py tests/test_kernels.py tests/test_backends_in_models.py
+	$(GPU) $(PYTHON) -m pytest -n $(GPU_WORKERS) tests/test_cuda.py tests/test_kernels.py tests/test_backends_in_models.py
 
-gpu-bench: build/gpu/flexmask_kernels  ## attention against FlexAttention and SDPA, the tile sizes; into benchmarks/results
-	-$(GPU) benchmarks/attention.py gpu
-	-$(GPU) benchmarks/kernel_configs.py gpu
+# Each benchmark has so many seconds, eight minutes together; what it has by then is in benchmarks/results.
+gpu-bench: build/gpu/flexmask_kernels  ## the GPU sizes of the benchmarks: JSON and pictures into benchmarks/results
+	for run in attention:120 npass:110 kernel_configs:100 growth:50 split:40 groups:30 loss_memory:20; do \
+	  $(GPU) timeout -k 10 -s INT $${run#*:} $(PYTHON) benchmarks/$${run%:*}.py gpu || echo "$$run: stopped or failed"; \
+	done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ from itertools import product
 
 import torch
 from attention import row_of
-from common import CONVERSATIONS, DEVICE, Benchmark, machine, measure, table
+from common import CONVERSATIONS, DEVICE, Benchmark, measure, table
 from flexmask_kernels import attention as kernels
 from flexmask_kernels.configs import Config
 

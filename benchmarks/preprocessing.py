@@ -1,54 +1,65 @@
-"""Where the time goes between a chat file and packed rows: rendering and tokenising, tree building, packing.
+"""Where the time goes between a chat file and packed rows: reading, rendering and tokenising, tree building, packing.
 
-python benchmarks/preprocessing.py FILE.jsonl --tokenizer FOLDER --reasoning_format '<think>\\n{reasoning}\\n</think>\\n\\n'
+python benchmarks/preprocessing.py cpu
 """
 
-import argparse
-import time
+from collections.abc import Callable
 
-from common import save, table
-from transformers import AutoTokenizer
+from common import Benchmark, bars, measure
 
 from flexmask import TokenTree, pack, render_passes
 from flexmask.data import load_conversations
+from flexmask.demo import conversations as generate_conversations
+from flexmask.train import GENERATED_DATA, load_tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset_name")
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--reasoning_format")
-    parser.add_argument("--max_tokens", type=int, default=8192)
-    args = parser.parse_args()
+    bench = Benchmark("preprocessing", __doc__)
+    bench.run(lambda: fill(bench), lambda *axes: draw(bench.rows, *axes), width=11, panels=2)
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    reasoning_format = args.reasoning_format and args.reasoning_format.replace("\\n", "\n")
+
+def fill(bench: Benchmark) -> None:
+    for what in bench.settings.datasets:
+        rows_of(bench, **what)
+
+
+def rows_of(bench: Benchmark, name: str, dataset: str, tokenizer: str, count: int | None = None) -> None:
+    """A row of the result for each stage."""
     seconds = {}
 
-    def stage(name, function):
-        start = time.perf_counter()
-        result = function()
-        seconds[name] = time.perf_counter() - start
-        return result
+    def stage(stage: str, function: Callable):
+        seconds[stage] = measure(function, bench.settings.repeats, warmup=0)
+        return function()
 
-    conversations = stage("load and check", lambda: load_conversations(args.dataset_name))
-    passes = stage(
-        "render and tokenise",
-        lambda: [render_passes(c["messages"], tokenizer, reasoning_format=reasoning_format) for c in conversations],
-    )
+    def read() -> list[dict]:
+        return generate_conversations(count) if dataset == GENERATED_DATA else load_conversations(dataset)
+
+    conversations = stage("generate" if dataset == GENERATED_DATA else "read and check", read)
+    tokenizer = load_tokenizer(tokenizer, conversations)
+    passes = stage("render and tokenise", lambda: [render_passes(c["messages"], tokenizer) for c in conversations])
     trees = stage("build trees", lambda: [TokenTree.from_passes(p) for p in passes])
-    rows = stage("pack", lambda: pack(trees, args.max_tokens))
+    rows = stage("pack", lambda: pack(trees, bench.settings.max_tokens))
 
-    tokens = sum(map(len, trees))
+    tokens, everything = sum(map(len, trees)), sum(taken["median"] for taken in seconds.values())
     n_pass = sum(int(tree.pass_lengths.sum()) for tree in trees)
-    ours = (seconds["build trees"] + seconds["pack"]) / seconds["render and tokenise"]
-    found = [{"stage": name, "seconds": s, "tokens/s": round(tokens / s)} for name, s in seconds.items()]
-    print(table(found))
-    print(f"{len(trees)} conversations, {n_pass} tokens in passes, {tokens} in trees ({n_pass / tokens:.2f}x)")
-    print(f"{len(rows)} rows of {args.max_tokens}, {1 - tokens / (len(rows) * args.max_tokens):.2%} padding")
-    print(f"trees and packing take {ours:.1%} of the time of rendering and tokenising")
-    more = {"conversations": len(trees), "tokens_n_pass": n_pass, "tokens": tokens, "rows_packed": len(rows)}
-    print("saved", save("preprocessing", found, share_of_trees_and_packing=ours, **more).name)
+    for stage, taken in seconds.items():
+        bench.add(
+            dataset=name, stage=stage, seconds=taken, share=taken["median"] / everything,
+            conversations=len(trees), tokens=tokens,
+            **{
+                "tokens/s": round(tokens / taken["median"]),
+                "tokens N-pass / tree": n_pass / tokens,
+                "padding of rows": 1 - tokens / (len(rows) * bench.settings.max_tokens),
+            },
+        )  # fmt: skip
+
+
+def draw(rows: list[dict], share, speed) -> None:
+    bars(share, rows, "stage", "dataset", "share")
+    bars(speed, rows, "stage", "dataset", "tokens/s")
+    share.set(ylabel="share of the time")
+    speed.set(ylabel="tokens of the trees per second", yscale="log")
+    share.legend()
 
 
 if __name__ == "__main__":

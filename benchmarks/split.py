@@ -1,5 +1,8 @@
 """Time and memory of a training step on one conversation that is split into K parts: K = 1 is one-pass, K = N is N-pass.
 
+For each number of `parts` the smallest max_tokens is taken that does with so many. (Even with rows as short as the longest
+pass, short passes share a part, so that the most parts can be fewer than the turns.)
+
 python benchmarks/split.py cpu
 """
 
@@ -18,7 +21,9 @@ def fill(bench: Benchmark) -> None:
     settings = vars(bench.settings)
     spec = {**settings, "conversations": 1, "turns": [settings["turns"]] * 2}
     for parts in settings["parts"]:
-        bench.add(parts=parts, method="one-pass", **run({**spec, "parts": parts}))
+        found = run({**spec, "parts": parts})
+        if found["batches"] not in [row["parts"] for row in bench.rows]:
+            bench.add(parts=found["batches"], method="one-pass", **found)
     bench.add(parts=settings["turns"], method=SEQUENCES, **run({**spec, "parts": None, "method": SEQUENCES}))
 
 

@@ -145,8 +145,8 @@ def run(spec: dict) -> dict:
             max_tokens of a row or batch; repeats.
 
     Returns:
-        step (seconds), tokens (of the passes), tokens/s, peak MiB beyond the weights (gradients and optimiser included),
-        loss, TFLOP counted.
+        step (seconds), tokens (of the passes), tokens/s (of these), tokens run (padding included), batches, peak MiB
+        beyond the weights (gradients and optimiser included), loss, TFLOP counted.
     """
     return _measure(spec) if DEVICE == "cuda" or spec["shape"] == "tiny" else in_own_process(__file__, json.dumps(spec))
 
@@ -168,8 +168,13 @@ def _measure(spec: dict) -> dict:
     passes = _passes(conversations)
     targets = sum(int(np.sum(p.loss_mask)) for p in passes)
     batches = [{name: x.to(DEVICE) for name, x in batch.items()} for batch in batches]
+    run_tokens = []  # what goes through the model, whatever the batch looks like
+    counter = model.get_input_embeddings().register_forward_hook(
+        lambda _, args, out: run_tokens.append(args[0].numel())
+    )
     with torch.no_grad():
         loss = sum(_loss(model, batch, targets).item() for batch in batches)
+    counter.remove()
 
     def step() -> None:
         for batch in batches:
@@ -184,7 +189,7 @@ def _measure(spec: dict) -> dict:
         "step": seconds,
         "tokens": tokens,
         "tokens/s": tokens / seconds["median"],
-        "tokens run": sum(batch["input_ids"].numel() for batch in batches),
+        "tokens run": sum(run_tokens),
         "batches": len(batches),
         "peak MiB": peak / 2**20,
         "loss": loss,

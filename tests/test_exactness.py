@@ -28,10 +28,11 @@ def one_pass(model, conversations):
     """Per-token losses of every pass, from one row that holds all conversations; gradients of their sum."""
     row = TokenTree.concat([TokenTree.from_passes(passes) for passes in conversations])
     batch = OnePassCollator(Vocabulary())([row])
+    batch.pop("target_weight", None)  # of tokens that several passes supervise; each has its losses here
     logits = model(**batch).logits[0]
-    losses = torch.nn.functional.cross_entropy(logits, batch["labels"][0], reduction="none")
-    losses.sum().backward()
-    return [x.detach() for x in row.per_pass(losses)], gradients(model)
+    losses = row.per_pass(torch.nn.functional.cross_entropy(logits, batch["labels"][0], reduction="none"))
+    torch.cat(losses).sum().backward()
+    return [x.detach() for x in losses], gradients(model)
 
 
 def n_passes(model, conversations):
@@ -80,7 +81,28 @@ def shapes():
         user("Why?"),
         answer("Hm."),
     ]
+    system, summary, *parts = (rng.integers(1, 512, n) for n in (11, 6, *[5] * 12))
+
+    def answered(*context):
+        """A pass of what is given, the last part supervised."""
+        ids = np.concatenate(context)
+        return Pass(ids, np.arange(len(ids)) >= len(ids) - len(context[-1]))
+
     return {
+        "samples of one prompt at two turns": [
+            [answered(system, parts[0], x) for x in parts[1:5]]
+            + [answered(system, parts[0], parts[1], parts[5], x) for x in parts[6:9]]
+        ],
+        "rollouts that fork inside an answer": [
+            [
+                answered(system, np.concatenate([parts[0], x]))
+                for x in (parts[1], parts[2], np.append(parts[1], parts[3]))
+            ]
+        ],
+        "context summarised": [
+            [answered(system, *parts[:3]), answered(system, *parts[:5]), answered(system, summary, *parts[3:8])]
+        ],
+        "oldest context dropped": [[answered(system, *parts[i : i + 4]) for i in range(0, 8, 2)]],
         "1 turn": [conversation_passes(rng, 1, 9, 14, 5, 512)],
         "2 turns": [conversation_passes(rng, 2, 9, 14, 5, 512)],
         "24 turns": [conversation_passes(rng, 24, 5, 7, 3, 512)],

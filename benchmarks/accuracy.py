@@ -41,21 +41,21 @@ def fill(bench: Benchmark) -> None:
 
     texts = {}
     bench.losses = {}
-    for method in ("before training", "one-pass", "N-pass"):
+    for method, make_trainer in (("one-pass", one_pass_trainer), ("N-pass", n_pass_trainer)):
         set_seed(0)
         model, _ = load_model(ModelArguments(settings.model), conversations)
-        row = {"model": method}
-        if method != "before training":
-            trainer = one_pass_trainer if method == "one-pass" else n_pass_trainer
-            bench.losses[method], row["seconds"] = train(trainer, model, batches, tokenizer, settings)
-            row |= {"first loss": bench.losses[method][0], "last loss": bench.losses[method][-1]}
+        bench.losses[method], seconds = train(make_trainer, model, batches, tokenizer, settings)
         texts[method], right = answer(model, tokenizer, problems, settings)
-        row |= {
-            "answers": sum(map(len, right)),
-            "right": sum(map(sum, right)),
-            "right by turn": [sum(of_turn) for of_turn in zip_longest(*right, fillvalue=False)],
-        }
-        bench.add(**row)
+        bench.add(
+            model=method, seconds=seconds,
+            **{
+                "first loss": bench.losses[method][0],
+                "last loss": bench.losses[method][-1],
+                "answers": sum(map(len, right)),
+                "right": sum(map(sum, right)),
+                "right by turn": [sum(of_turn) for of_turn in zip_longest(*right, fillvalue=False)],
+            },
+        )  # fmt: skip
     ours, theirs = (np.array(bench.losses[method]) for method in ("one-pass", "N-pass"))
     bench.save(
         losses=bench.losses,

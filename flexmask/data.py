@@ -234,7 +234,7 @@ def _limit(passes: list[Pass], name: str, limit: int | None, overlong: str) -> l
         )
     if overlong == "drop":
         return []
-    cut = [Pass(p.input_ids[:limit], p.loss_mask[:limit], p.weight) for p in passes]
+    cut = [Pass(p.input_ids[:limit], p.loss_mask[:limit], p.weight) for p in passes]  # none has token weights yet
     return [p for p in cut if p.loss_mask.any()]
 
 

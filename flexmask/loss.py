@@ -11,7 +11,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -65,7 +65,8 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     Where the logits are large, the model runs once up to its last hidden states. If its logits are a linear layer of
     those and nothing else, a library's fused loss takes over: Liger-Kernel on CUDA where it is installed, PyTorch's own
     (2.13) in float32 and float64. Otherwise the model's output layer, with whatever it does to logits (soft-cap, scale,
-    adapters), runs on one chunk of targets after the other. All of them compute logits again in the backward.
+    adapters), runs on one chunk of targets after the other. All of them compute logits again in the backward. The
+    gradient of 16-bit weights is summed over chunks in 16 bits, as gradient accumulation sums it.
 
     Raises:
         TypeError: not a Hugging Face model, nor one around it.
@@ -80,40 +81,46 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     if len(index) <= size or inner.base_model is inner:
         return _cross_entropy(model(**batch, logits_to_keep=index, use_cache=False).logits, targets)
 
-    hidden = []
+    seen = {}  # what the body gave, and what went into and came out of the output layer: for the last target only
+    head = inner.get_output_embeddings()
 
     def keep_hidden(module, args, output):
-        hidden.append(output)
+        seen["body"] = output
+
+    def keep_logits(module, args, output):
+        seen["head"] = args[0], output
 
     def add_losses(module, args, kwargs, output):  # inside the forward of what is around the model (DDP, FSDP)
-        base_hook.remove()
-        states = hidden[0].last_hidden_state[0, index]
-        fused = _fused_losses(module, states, output.logits[0])
+        while hooks:
+            hooks.pop().remove()
+        states = seen["body"].last_hidden_state[0, index]
+        fused = _fused_losses(head, states, *seen["head"], output.logits) if "head" in seen else None
         if fused is not None:
             output.loss = fused(states, targets)
             return output
 
         def losses_of(last_hidden_state, index, targets):
-            with _returning(
-                module.base_model, type(hidden[0])(**{**hidden[0], "last_hidden_state": last_hidden_state})
-            ):
+            body = type(seen["body"])(**{**seen["body"], "last_hidden_state": last_hidden_state})
+            with _returning(module.base_model, body):
                 return _cross_entropy(module.forward(*args, **kwargs | {"logits_to_keep": index}).logits, targets)
 
         output.loss = torch.cat(
             [
-                checkpoint(losses_of, hidden[0].last_hidden_state, i, t, use_reentrant=False)
+                checkpoint(losses_of, seen["body"].last_hidden_state, i, t, use_reentrant=False)
                 for i, t in zip(index.split(size), targets.split(size))
             ]
         )
         return output
 
-    base_hook = inner.base_model.register_forward_hook(keep_hidden)
-    hook = inner.register_forward_hook(add_losses, with_kwargs=True, prepend=True)
+    hooks = [inner.base_model.register_forward_hook(keep_hidden)]
+    if head is not None:
+        hooks.append(head.register_forward_hook(keep_logits))
+    outermost = inner.register_forward_hook(add_losses, with_kwargs=True, prepend=True)
     try:
         return model(**batch, logits_to_keep=index[-1:], use_cache=False).loss
     finally:
-        base_hook.remove()
-        hook.remove()
+        for hook in (outermost, *hooks):
+            hook.remove()
 
 
 def chunk_size(vocab_size: int) -> int:
@@ -121,27 +128,23 @@ def chunk_size(vocab_size: int) -> int:
     return max(1, CHUNK_LOGITS // vocab_size)
 
 
-def _fused_losses(model: PreTrainedModel, states: Tensor, last_logits: Tensor) -> Callable | None:
+def _fused_losses(head, states: Tensor, inputs: Tensor, outputs: Tensor, logits: Tensor) -> Callable | None:
     """A library's loss of (last hidden states, targets) that never holds all logits; None if none is right or installed.
 
     Args:
-        model: its output layer.
+        head: the output layer.
         states: (M, hidden), the last hidden states that predict the targets.
-        last_logits: (1, vocabulary), the model's logits of the last of them.
+        inputs, outputs: (1, 1, hidden), (1, 1, vocabulary): what the layer was given and gave for the last of them.
+        logits: (1, 1, vocabulary), the model's logits of it.
     """
-    head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or isinstance(head.weight, DTensor) or not head.weight.numel():
         return None  # an adapter, or sharded
-    device, dtype = states.device.type, states.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    elif head.weight.dtype != dtype:
-        return None
-    with torch.no_grad():  # is there anything between the layer and the logits? Zeros would not tell.
-        last = linear(states[-1:], head.weight, head.bias)
-        if not last.any() or not torch.equal(last.to(last_logits.dtype), last_logits):
+    dtype = outputs.dtype  # that of autocast, too, wherever it was switched on
+    with torch.no_grad():  # is there anything before the layer or after it? Zeros would not tell.
+        same = torch.equal(inputs[0, -1], states[-1]) and torch.equal(outputs.to(logits.dtype), logits)
+        if not same or not outputs.any():
             return None
-    library = _library_loss(device, dtype)
+    library = _library_loss(states.device.type, dtype)
     if library is None:
         return None
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)

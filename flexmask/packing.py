@@ -21,7 +21,7 @@ def pack(trees: Sequence[TokenTree], max_tokens: int) -> list[TokenTree]:
         max_tokens: tokens in a row, at most; a multiple of 128 leaves the least padding.
 
     Returns:
-        Rows (forests), ordered by the first tree in them; within a row trees keep their order.
+        Rows (forests), ordered by the first tree, or part of one, in them; within a row those keep their order.
 
     Raises:
         ValueError: a single pass is longer than a row, naming its tree.
@@ -32,11 +32,10 @@ def pack(trees: Sequence[TokenTree], max_tokens: int) -> list[TokenTree]:
             parts += split(tree, max_tokens)
         except ValueError as error:
             raise ValueError(f"tree {index}: {error}") from error
-    trees = parts
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for index in sorted(range(len(trees)), key=lambda i: -len(trees[i])):
-        size = len(trees[index])
+    for index in sorted(range(len(parts)), key=lambda i: -len(parts[i])):
+        size = len(parts[index])
         fullest = bisect.bisect_left(room, (size, -1))
         if fullest == len(room):
             rows.append([index])
@@ -45,7 +44,7 @@ def pack(trees: Sequence[TokenTree], max_tokens: int) -> list[TokenTree]:
             free, row = room.pop(fullest)
             rows[row].append(index)
             bisect.insort(room, (free - size, row))
-    return [TokenTree.concat([trees[i] for i in row]) for row in sorted(map(sorted, rows))]
+    return [TokenTree.concat([parts[i] for i in row]) for row in sorted(map(sorted, rows))]
 
 
 def pack_stream(trees: Iterable[TokenTree], max_tokens: int, buffer_size: int = 512) -> Iterator[TokenTree]:
@@ -71,7 +70,8 @@ def split(tree: TokenTree, max_tokens: int) -> list[TokenTree]:
 
     A part is the tree of some of the passes, so each pass is whole in one part, and every supervised token keeps its
     weight: sums of weighted losses, and their gradients, are those of the whole. With one part this is one-pass training,
-    with a part for each pass it is N-pass training.
+    with a part for each pass it is N-pass training. Passes keep their order within a part. Of a tree that is split, passes
+    without a target of any weight are left out, since a part of those alone could not be trained.
 
     The parts are the best there are up to `EXACT_LEAVES` leaves. Beyond that (the problem contains bin packing) they are
     the better of two: the best cut of the leaves in their order, and each leaf put where it adds the fewest tokens.
@@ -81,7 +81,7 @@ def split(tree: TokenTree, max_tokens: int) -> list[TokenTree]:
         max_tokens: tokens of a part, at most.
 
     Raises:
-        ValueError: a single pass is longer than that.
+        ValueError: a single pass is longer than that; or the tree is larger and has no targets.
     """
     if len(tree) <= max_tokens:
         return [tree]
@@ -91,6 +91,12 @@ def split(tree: TokenTree, max_tokens: int) -> list[TokenTree]:
             f"pass {longest} has {tree.pass_lengths[longest]} tokens, more than the {max_tokens} of a row (max_tokens); a "
             "tree can be split between its passes, not inside one: raise max_tokens, or cap passes with max_length"
         )
+    passes = tree.passes()
+    trained = [p for p in passes if np.any(p.token_weight)]
+    if not trained:
+        raise ValueError("no pass has a target with a weight, so there is nothing to train on")
+    if len(trained) < len(passes):
+        return split(TokenTree.from_passes(trained), max_tokens)
     ends = np.unique(tree.pass_end)
     is_leaf = np.append(ends[1:], len(tree)) >= tree.subtree_end[ends]  # no other pass goes on from there
     leaves = ends[is_leaf]
@@ -103,7 +109,6 @@ def split(tree: TokenTree, max_tokens: int) -> list[TokenTree]:
         candidates = (_consecutive_groups(depth, shared, max_tokens), _greedy_groups(depth, shared, max_tokens))
         groups = min(candidates, key=lambda groups: (len(groups), sum(_size(g, depth, shared) for g in groups)))
 
-    passes = tree.passes()
     leaf_of = np.searchsorted(leaves, tree.pass_end)  # the first leaf under a pass, in depth-first order
     return [
         TokenTree.from_passes([passes[i] for i in np.flatnonzero(np.isin(leaf_of, group))]) for group in sorted(groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import types
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ def share_prefixes(model):
     Left alone are calls with a key/value cache (`generate`), with one sequence, and with a tree batch. The hidden state
     at a padding position, which is of no use in the padded batch either, is that of some token. A reference model of
     its own (`trainer.ref_model`) shares prefixes if it is handed over, too. Building the tree needs the tokens on the
-    CPU, once per call.
+    CPU, once per call. Every sequence begins at position 0, wherever its padding is; the library itself begins there only
+    if it is given position_ids, which makes a difference for models with absolute positions (GPT-2) alone.
 
     Args:
         model: a causal LM loaded with attn_implementation="flexmask", wrapped (PEFT, DDP) or not. It is changed in
@@ -42,8 +43,9 @@ def share_prefixes(model):
         TypeError: not a Hugging Face model, nor one around it.
         ValueError: a model with another attention.
         NotImplementedError: an architecture that a tree would compute wrongly.
-    A call of the model raises ValueError for position_ids that are not those of padded sequences and for masks of other
-    than two dimensions, NotImplementedError where hidden states or router logits of every layer are asked for.
+    A call of the model raises ValueError for position_ids that are not those of padded sequences, for padding between
+    tokens without position_ids, and for masks of other than two dimensions; NotImplementedError where hidden states or
+    router logits of every layer are asked for.
     """
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
@@ -54,28 +56,27 @@ def share_prefixes(model):
         )
     check_config(inner.config)
     base = inner.base_model
-    padded_forward = base.forward
-    if hasattr(padded_forward, "shares_prefixes"):
-        return model
-
-    @functools.wraps(padded_forward)
-    def forward(input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
-        cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
-        if cached or "subtree_end" in kwargs or input_ids is None or len(input_ids) == 1:
-            return padded_forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        inputs, places = _merge(input_ids, attention_mask, kwargs.pop("position_ids", None))
-        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-            if kwargs.get(name) or (kwargs.get(name) is None and getattr(base.config, name, False)):
-                raise NotImplementedError(
-                    f"{name} asks for values of every layer, which exist for the tree only and not for the padded batch; "
-                    f"set {name}=False, or do not use share_prefixes"
-                )
-        output = padded_forward(**kwargs | inputs | {"use_cache": False})
-        return type(output)(last_hidden_state=output.last_hidden_state[0, places])
-
-    forward.shares_prefixes = True
-    base.forward = forward
+    if getattr(base.forward, "__func__", None) is not forward:
+        # Both are bound methods, so that a deep copy of the model runs its own weights.
+        base.padded_forward = base.forward
+        base.forward = types.MethodType(forward, base)
     return model
+
+
+def forward(base: PreTrainedModel, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
+    """The forward of a base model that shares prefixes. (A pickle of the model finds its own forward by this name.)"""
+    cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
+    if cached or "subtree_end" in kwargs or input_ids is None or len(input_ids) == 1:
+        return base.padded_forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    inputs, places = _merge(input_ids, attention_mask, kwargs.pop("position_ids", None))
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        if kwargs.get(name) or (kwargs.get(name) is None and getattr(base.config, name, False)):
+            raise NotImplementedError(
+                f"{name} asks for values of every layer, which exist for the tree only and not for the padded batch; "
+                f"set {name}=False, or do not use share_prefixes"
+            )
+    output = base.padded_forward(**kwargs | inputs | {"use_cache": False, "return_dict": True})
+    return type(output)(last_hidden_state=output.last_hidden_state[0, places])
 
 
 @torch.compiler.disable
@@ -94,6 +95,12 @@ def _merge(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tenso
             "be merged, leave position_ids out"
         )
     tokens, mask = input_ids.cpu().numpy(), real.cpu().numpy()
+    begins = mask[:, 1:] & ~mask[:, :-1]
+    if position_ids is None and (begins.sum(1) + mask[:, 0] > 1).any():
+        raise ValueError(
+            "attention_mask has padding between the tokens of a sequence, expected it before or after them; hand over "
+            "position_ids that count the tokens only"
+        )
     sequences = [ids[m] for ids, m in zip(tokens, mask) if m.any()]
     if not sequences:
         raise ValueError("the batch is nothing but padding")

@@ -176,6 +176,7 @@ class OnePassTrainer(Trainer):
             )
         check_config(model.config)
         super().__init__(model, args, *others, **options)
+        self._sums: list[torch.Tensor] = []  # of an evaluation: (weighted loss, weight) of each row, float64
         self.model_accepts_loss_kwargs = True  # the loss below is divided by what _get_num_items_in_batch counts
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -195,20 +196,21 @@ class OnePassTrainer(Trainer):
         loss = tree_loss(model, inputs, num_items_in_batch)
         if not model.training:
             weight = target_weight(inputs).sum().to(loss)
-            row = torch.stack([loss.detach() * weight, weight]).double()
+            row = torch.stack([loss.detach() * weight, weight])
             # Of all processes, without the rows that are repeated to give each process as many.
-            self._sums += self.accelerator.gather_for_metrics(row[None]).cpu()
+            self._sums += self.accelerator.gather_for_metrics(row[None]).cpu().double()
         elif num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # their gradients are averaged
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         self._sums = []
-        output = super().evaluation_loop(*args, **kwargs)
-        for name in output.metrics:
-            if name.endswith("_loss"):
-                loss, weight = torch.stack(self._sums).sum(0).tolist()
-                output.metrics[name] = loss / weight
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._sums:
+            loss, weight = torch.stack(self._sums).sum(0).tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / weight
         return output
 
 
@@ -407,6 +409,6 @@ def draw_losses(log_history: list[dict], path: str | Path) -> None:
         if points:
             axes.plot(*zip(*points), label=label, marker=".")
             axes.legend()
-    axes.set(xlabel="step", ylabel="loss per target token")
+    axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -98,13 +98,7 @@ class TokenTree:
         passes = list(passes)
         if not passes:
             raise ValueError("from_passes: got no passes, expected at least one")
-        tokens = [_token_array(p, i) for i, p in enumerate(passes)]
-
-        root = _Run(np.empty(0, np.int64), depth=0)
-        for ids in tokens:
-            root.insert(ids)
-        runs = root.layout()
-
+        runs, paths = _prefix_tree([_token_array(p, i) for i, p in enumerate(passes)])
         supervised = [np.flatnonzero(np.asarray(p.loss_mask, dtype=bool)) for p in passes]
         for i, positions in enumerate(supervised):
             if len(positions) and positions[0] == 0:
@@ -112,7 +106,6 @@ class TokenTree:
                     f"pass {i} supervises its first token, which has no context to be predicted from; "
                     "start the pass with at least one token (a BOS token, say) that is not supervised"
                 )
-        paths = [root.path(ids) for ids in tokens]
         target_of = np.concatenate([path[positions] for path, positions in zip(paths, supervised)])
         parent_of = np.concatenate([path[positions - 1] for path, positions in zip(paths, supervised)])
         # A token supervised by several passes is one target, and its weights count together.
@@ -205,37 +198,25 @@ class _Run:
     def __init__(self, tokens: np.ndarray, depth: int):
         self.tokens = tokens
         self.depth = depth  # ancestors of the first token
-        self.children: dict[int, _Run] = {}  # by first token
+        self.children: list[_Run] = []
         self.size = 0  # tokens of the subtree, this run included
         self.start = 0  # place of the first token in the row
 
-    def insert(self, ids: np.ndarray) -> None:
-        run, depth = self, 0
-        while depth < len(ids):
-            child = run.children.get(int(ids[depth]))
-            if child is None:
-                run.children[int(ids[depth])] = _Run(ids[depth:], depth)
-                return
-            shared = _common_prefix_length(child.tokens, ids[depth:])
-            child.split(shared)
-            run, depth = child, depth + shared
-
-    def split(self, at: int) -> None:
-        """Fork this run after `at` tokens; what follows becomes its only child."""
-        if at == len(self.tokens):
-            return
+    def split(self, at: int) -> _Run:
+        """Fork this run after `at` tokens; what follows becomes its only child, and is returned."""
         rest = _Run(self.tokens[at:], self.depth + at)
-        rest.children, self.children = self.children, {int(self.tokens[at]): rest}
+        rest.children, self.children = self.children, [rest]
         self.tokens = self.tokens[:at]
+        return rest
 
     def layout(self) -> list[_Run]:
         """Give every run its place: depth-first preorder, heaviest child first."""
         found, pending = [], [self]
         while pending:
             found.append(pending.pop())
-            pending.extend(found[-1].children.values())
+            pending.extend(found[-1].children)
         for run in reversed(found):  # children before parents
-            run.size = len(run.tokens) + sum(child.size for child in run.children.values())
+            run.size = len(run.tokens) + sum(child.size for child in run.children)
 
         runs, place, pending = [], 0, [self]
         while pending:
@@ -243,17 +224,46 @@ class _Run:
             run.start = place
             place += len(run.tokens)
             runs.append(run)
-            pending.extend(sorted(run.children.values(), key=lambda child: child.size))  # taken from the end
+            pending.extend(sorted(run.children, key=lambda child: child.size))  # taken from the end
         return runs
 
-    def path(self, ids: np.ndarray) -> np.ndarray:
-        """Places in the row of the tokens of a pass that was inserted."""
-        run, depth, pieces = self, 0, []
-        while depth < len(ids):
-            run = run.children[int(ids[depth])]
-            pieces.append(np.arange(run.start, run.start + len(run.tokens)))
-            depth += len(run.tokens)
-        return np.concatenate(pieces)
+
+def _prefix_tree(sequences: list[np.ndarray]) -> tuple[list[_Run], list[np.ndarray]]:
+    """The runs of the prefix tree, in the order of the row, and for each sequence the places of its tokens in the row.
+
+    In lexicographic order, what a sequence shares with any before it, it shares with the one just before. So each is
+    compared with one other, and adds one run.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].astype(">i8").tobytes())
+    root = _Run(np.empty(0, np.int64), depth=0)
+    branch = [root]  # runs from the root to the end of the sequence before
+    pieces: dict[_Run, list[_Run]] = {}  # what became of the run that a sequence added
+    added = []
+    before = root.tokens
+    for i in order:
+        ids = sequences[i]
+        shared = _common_prefix_length(before, ids)
+        while len(branch) > 1 and branch[-1].depth >= shared:
+            branch.pop()
+        last = branch[-1]
+        if last.depth + len(last.tokens) > shared:
+            pieces[last].insert(1, last.split(shared - last.depth))
+        mine: list[_Run] = []
+        if len(ids) > shared:
+            run = _Run(ids[shared:], shared)
+            last.children.append(run)
+            branch.append(run)
+            mine = pieces[run] = [run]
+        added.append((i, shared, mine))
+        before = ids
+    runs = root.layout()
+
+    paths = [root.tokens] * len(sequences)
+    path = root.tokens
+    for i, shared, mine in added:
+        path = np.concatenate([path[:shared], *(np.arange(r.start, r.start + len(r.tokens)) for r in mine)])
+        paths[i] = path
+    return runs, paths
 
 
 def _common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -270,17 +280,21 @@ def _weights(passes: list[Pass], supervised: list[np.ndarray], loss_reduction: s
         if token_weight.shape != (len(p.input_ids),):
             raise ValueError(f"pass {i}: token_weight has shape {token_weight.shape} for {len(p.input_ids)} tokens")
         weight = token_weight[positions]
-        if not (np.isfinite(weight).all() and (weight >= 0).all() and np.isfinite(p.weight) and p.weight >= 0):
-            raise ValueError(f"pass {i}: weights must be finite and not negative; weight is {p.weight}")
+        largest = max(weight.max(initial=0.0), 1.0) * p.weight
+        if not (0 <= largest <= np.finfo(np.float32).max and np.isfinite(weight).all() and (weight >= 0).all()):
+            raise ValueError(f"pass {i}: weights must be finite in float32 and not negative; weight is {p.weight}")
         weights.append(p.weight * (weight / (weight.sum() or 1) if loss_reduction == "turn" else weight))
     weights = np.concatenate(weights)
     return (weights / (weights.sum() or 1) if loss_reduction == "conversation" else weights).astype(np.float32)
 
 
 def _token_array(p: Pass, index: int) -> np.ndarray:
-    ids = np.asarray(p.input_ids, dtype=np.int64)
+    ids = np.asarray(p.input_ids)
     if ids.ndim != 1 or not len(ids):
         raise ValueError(f"pass {index}: input_ids has shape {ids.shape}, expected at least one token in one dimension")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"pass {index}: input_ids are {ids.dtype}, expected integers")
+    ids = ids.astype(np.int64, copy=False)
     if len(p.loss_mask) != len(ids):
         raise ValueError(f"pass {index}: loss_mask has {len(p.loss_mask)} entries for {len(ids)} tokens")
     if ids.min() < 0:

@@ -40,6 +40,22 @@ def test_a_small_llama_by_hand():
     assert "all, TFLOP" in str(found)
 
 
+def test_logits_too_many_to_be_kept_are_computed_twice(monkeypatch):
+    """Four products for those of the tree, 960 of them; three for those of a pass, 240 at most, which are kept."""
+    monkeypatch.setattr("flexmask.loss.CHUNK_LOGITS", 300 * 512)
+    found = cost(tree_of(), config_of("Llama"))
+    assert found.one_pass.loss_flops == 4 * 2 * 32 * 512 * 960
+    assert found.n_pass.loss_flops == 3 * 2 * 32 * 512 * 960
+
+
+def test_passes_keep_the_activations_of_the_longest():
+    tree = tree_of()
+    found = cost(tree, config_of("Llama"))
+    longest = TokenTree.from_passes(tree.passes()[3:])
+    assert found.n_pass.activation_bytes == cost(longest, config_of("Llama")).one_pass.activation_bytes
+    assert found.n_pass.activation_bytes / found.one_pass.activation_bytes == pytest.approx(len(longest) / len(tree))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linear_layers_are_those_of_a_real_step(family):
     """Forward and backward of the model without its output layer, counted by PyTorch. The first layer's input needs no

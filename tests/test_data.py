@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from templates import tokenizer as template_tokenizer
 
-from flexmask import ConversationError, Pass, TokenTree, demo, render_passes
+from flexmask import ConversationError, OnePassCollator, Pass, TokenTree, demo, render_passes
 from flexmask.data import build_trees, load_conversations
 
 USER = {"role": "user", "content": "hello"}
@@ -364,3 +365,23 @@ def test_the_lines_in_the_readme_are_conversations(tmp_path):
     (tmp_path / "data.jsonl").write_text(readme.split("```json\n")[1].split("```")[0])
     prepared = build_trees(load_conversations(str(tmp_path / "data.jsonl")), template_tokenizer("qwen3"))
     assert [tree.num_passes for tree in prepared.trees] == [2, 2]
+
+
+@pytest.mark.parametrize("loss_reduction", ["token", "turn", "conversation"])
+def test_weights_and_reductions_reach_the_trees(conversations, tokenizer, loss_reduction):
+    """Of conversations in files, of raw ones in the collator, and of those that are cut."""
+    weighted = [
+        {"messages": [m | {"weight": 0.5 * (i + 1)} for i, m in enumerate(c["messages"])]} for c in conversations
+    ]
+    passes = [render_passes(c["messages"], tokenizer) for c in weighted]
+    expected = [TokenTree.from_passes(p, loss_reduction=loss_reduction) for p in passes]
+    assert same_trees(build_trees(weighted, tokenizer, loss_reduction=loss_reduction).trees, expected)
+    collator = OnePassCollator(tokenizer, loss_reduction=loss_reduction)
+    weight = collator(weighted)["target_weight"][0].numpy()
+    assert np.array_equal(weight, np.concatenate([tree.target_weight for tree in expected]))
+    limit = max(len(p.input_ids) for p in passes[0]) - 1
+    cut = build_trees(
+        weighted[:1], tokenizer, max_length=limit, overlong="truncate", loss_reduction=loss_reduction
+    ).trees[0]
+    by_hand = [replace(p, input_ids=p.input_ids[:limit], loss_mask=p.loss_mask[:limit]) for p in passes[0]]
+    assert same_trees([cut], [TokenTree.from_passes(by_hand, loss_reduction=loss_reduction)])

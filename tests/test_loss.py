@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, reference_attention, tiny
@@ -107,6 +108,18 @@ def test_a_token_supervised_twice_counts_both_weights():
     tree, model = TokenTree.from_passes(passes), tiny("Qwen3")
     assert sorted(tree.target_weight.tolist()) == [0.5, 2.0, 2.5]
     torch.testing.assert_close(tree_loss(model, to_batch(tree)), reduced(plain(model), [passes], "token"))
+
+
+@pytest.mark.parametrize("reduction", ["token", "turn", "conversation"])
+def test_weights_of_zero_are_left_out_of_the_mean(reduction):
+    """The bug guarded: 0/0 for a turn or a conversation without any weight."""
+    passes, model = weighted_conversations()[1], tiny("Qwen3")
+    without = TokenTree.from_passes([replace(passes[0], weight=0.0), *passes[1:]], loss_reduction=reduction)
+    silent = [replace(p, token_weight=np.zeros(len(p.input_ids))) for p in passes[:2]]
+    silent = TokenTree.from_passes(silent, loss_reduction=reduction)
+    expected = reduced(plain(tiny("Qwen3")), [passes[1:]], reduction)
+    for row in (without, TokenTree.concat([without, silent])):
+        torch.testing.assert_close(tree_loss(model, to_batch(row)), expected, rtol=1e-5, atol=0)
 
 
 @settings(deadline=None, max_examples=25)
@@ -211,6 +224,62 @@ def test_an_output_layer_of_zeros_does_not_pass_for_a_plain_one(library):
     assert library.calls == 0
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_bias_of_the_output_layer_and_an_adapter_on_it_count(lora, library):
+    """An adapter is no plain linear layer, so it goes through chunks."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny("Qwen3", tie_word_embeddings=False)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(512))
+    if lora:
+        model = get_peft_model(model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    batch = to_batch(TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 2, 6, 9, 5, 500)))
+    expected = plain_losses(model, batch)
+    expected.sum().backward()
+    expected_gradients = gradients(model)
+    found = target_losses(model, batch)
+    found.sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
+    same_gradients(gradients(model), expected_gradients)
+    assert library.calls == (library.name != "chunks" and not lora)
+
+
+def test_mixed_precision_of_accelerate_reaches_the_library(monkeypatch):
+    """The bug guarded: Accelerate switches autocast on around the model's forward, and off before hooks on it run."""
+    asked = []
+
+    def library_loss(device, dtype):
+        asked.append(dtype)
+        return lambda states, weight, targets, bias: torch.nn.functional.cross_entropy(
+            torch.nn.functional.linear(states, weight, bias).float(), targets, reduction="none"
+        )
+
+    monkeypatch.setattr(flexmask.loss, "_library_loss", library_loss)
+    monkeypatch.setattr(flexmask.loss, "CHUNK_LOGITS", 5 * 512)
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(tiny("Qwen3"))
+    batch = to_batch(TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 2, 6, 9, 5, 500)))
+    expected, found = plain_losses(model, batch), target_losses(model, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert found.dtype == torch.float32 and asked == [torch.bfloat16]
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="came with torch 2.13")
+def test_chunks_of_one_target_at_least(monkeypatch):
+    sizes = []
+    original = torch.nn.functional.linear_cross_entropy
+
+    def record(*args, options, **kwargs):
+        sizes.append(options.batch_chunk_size)
+        return original(*args, options=options, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", record)
+    monkeypatch.setattr(flexmask.loss, "CHUNK_LOGITS", 100)
+    batch = to_batch(TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 2, 6, 9, 5, 500)))
+    model = tiny("Qwen3")
+    torch.testing.assert_close(target_losses(model, batch), plain_losses(model, batch), rtol=1e-6, atol=1e-6)
+    assert sizes == [1]
+
+
 @pytest.mark.parametrize("way", ["weights", "autocast"])
 def test_sixteen_bits_give_losses_in_float32(way, library):
     """The bug guarded: PyTorch's fused loss rounds the losses of 16-bit states to 16 bits."""
@@ -292,9 +361,12 @@ def test_a_weighted_batch_is_refused_by_the_models_own_loss():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"weight": -1.0}, "pass 0: weights must be finite and not negative; weight is -1.0"),
+        ({"weight": -1.0}, "pass 0: weights must be finite in float32 and not negative; weight is -1.0"),
         ({"weight": float("nan")}, "weights must be finite"),
-        ({"token_weight": [1.0, 1.0, -1.0]}, "weights must be finite and not negative"),
+        ({"weight": 1e39}, "weights must be finite in float32"),
+        ({"token_weight": [1.0, float("inf"), 1.0]}, "weights must be finite"),
+        ({"token_weight": [1.0, 1.0, -1.0]}, "weights must be finite in float32 and not negative"),
+        ({"input_ids": [1.5, 2.5, 3.5]}, "pass 0: input_ids are float64, expected integers"),
         ({"token_weight": [1.0]}, r"token_weight has shape \(1,\) for 3 tokens"),
     ],
 )

@@ -130,6 +130,14 @@ def test_opting_out_of_training():
         render_passes([m | {"train": False} for m in CHAT], tokenizer("qwen3"))
 
 
+def test_a_message_is_weighted():
+    messages = copy.deepcopy(CHAT)
+    messages[2]["weight"], messages[4]["weight"] = 0.25, 0
+    assert [p.weight for p in render_passes(messages, tokenizer("qwen3"))] == [0.25, 1.0]
+    with pytest.raises(ConversationError, match="weight is -1, expected a number that is not negative"):
+        render_passes([m | {"weight": -1} for m in CHAT], tokenizer("qwen3"))
+
+
 def test_template_arguments_and_explicit_template_reach_the_template():
     prompt, completion = rendered("qwen3", PLAIN, enable_thinking=False)[0]
     assert prompt.endswith("<think>\n\n</think>\n\n") and completion == "Answer one.<|im_end|>"

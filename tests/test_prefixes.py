@@ -1,5 +1,8 @@
 """Padded batches run as prefix trees inside the model: the same values, under TRL's trainers too."""
 
+import copy
+import pickle
+
 import datasets
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import trl
 from models import FAMILIES, reference_attention, tiny
 from templates import tokenizer
 from test_loss import gradients, same_gradients
+from transformers import MambaConfig, MambaForCausalLM
 
 from flexmask import Pass, TokenTree, share_prefixes, tree_logprobs
 from flexmask.collator import to_batch
@@ -101,6 +105,7 @@ def test_a_row_of_nothing_but_padding_and_no_mask():
         ),
         ({"position_ids": torch.arange(50)[None] // 2}, ValueError, "position_ids do not count the tokens"),
         ({"attention_mask": torch.zeros(5, 50)}, ValueError, "nothing but padding"),
+        ({"attention_mask": (torch.arange(50) != 5).long().expand(5, 50)}, ValueError, "padding between the tokens"),
         ({"output_hidden_states": True}, NotImplementedError, "output_hidden_states asks for values of every layer"),
     ],
 )
@@ -110,7 +115,47 @@ def test_what_cannot_be_merged_is_refused(change, error, message):
         share_prefixes(tiny("Qwen3"))(**{"input_ids": ids} | change)
 
 
+def test_a_copy_runs_its_own_weights():
+    """The bug guarded: a deep copy ran the original's body, silently; and a pickle of the model could not be made."""
+    model = share_prefixes(tiny("Qwen3"))
+    batch = padded(sequences(), "right")
+    expected = model(**batch).loss
+    copied, unpickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    for again in (copied, unpickled, share_prefixes(copied), share_prefixes(unpickled)):
+        assert torch.equal(again(**batch).loss, expected) or again is unpickled
+        torch.testing.assert_close(again(**batch).loss, expected)
+    copied(**batch).loss.backward()
+    assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in copied.parameters())
+
+
+def test_padding_between_tokens_with_their_positions():
+    batch, model = padded(sequences(), "left"), tiny("Qwen3")
+    batch["attention_mask"][0, -4] = 0
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    expected = model(**batch, position_ids=positions)
+    found = share_prefixes(model)(**batch, position_ids=positions)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(found.logits[real], expected.logits[real], rtol=1e-4, atol=1e-4)
+
+
+def test_tuples_by_configuration_and_caches():
+    model = share_prefixes(tiny("Qwen3"))
+    batch = padded(sequences(), "right")
+    expected = model(**batch).loss
+    model.config.return_dict = False
+    assert torch.equal(model(**batch)[0], expected)
+    model.config.return_dict = True
+    assert model(**batch, use_cache=True).past_key_values.get_seq_length() == batch["input_ids"].shape[1]
+
+
 def test_models_that_cannot_share_are_refused():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1))
+    mamba.config._attn_implementation = "flexmask"  # as from an old checkpoint: loading checks it, too
+    with pytest.raises(NotImplementedError, match="mamba cannot be trained"):
+        share_prefixes(mamba)
     model = tiny("Qwen3")
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match='attn_implementation="sdpa", expected "flexmask"'):

@@ -75,6 +75,28 @@ def test_evaluation_of_raw_conversations_and_what_is_refused(tmp_path):
         OnePassTrainer(model, arguments)
 
 
+def test_a_metric_of_ones_own_is_kept_and_a_step_of_prediction_needs_no_loop(tmp_path):
+    """The bug guarded: every metric whose name ends in _loss became the evaluation loss."""
+    rows, model = rows_of_unequal_size(), tiny("Qwen3")
+    arguments = OnePassTrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, prediction_loss_only=False)
+    trainer = OnePassTrainer(
+        model, arguments, eval_dataset=rows[:1], data_collator=OnePassCollator(Vocabulary()),
+        compute_metrics=lambda prediction: {"other_loss": 123.0},
+    )  # fmt: skip
+    loss, *_ = trainer.prediction_step(model.eval(), OnePassCollator(Vocabulary())(rows[:1]), True)
+    metrics = trainer.evaluate()
+    assert metrics["eval_other_loss"] == 123 and metrics["eval_loss"] == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_with_a_routers_loss_it_is_the_models_own(tmp_path):
+    model = tiny("Qwen3Moe", output_router_logits=True, router_aux_loss_coef=0.5)
+    arguments = OnePassTrainingArguments(str(tmp_path), use_cpu=True)
+    batch = OnePassCollator(Vocabulary())(rows_of_unequal_size()[:1])
+    found = OnePassTrainer(model, arguments).compute_loss(model.train(), dict(batch))
+    expected = model(**batch)
+    assert expected.aux_loss > 0 and torch.equal(found, expected.loss)
+
+
 @pytest.mark.parametrize("loss_reduction", ["token", "turn"])
 def test_two_processes_are_as_one(tmp_path, loss_reduction):
     here, result = Path(__file__).parent, tmp_path / "result.pt"

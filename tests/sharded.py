@@ -1,4 +1,5 @@
-"""Run by test_backends_in_models.py under torchrun: gradients of a model under FSDP2 on the Triton kernels, to a file."""
+"""Run by test_backends_in_models.py under torchrun: gradients of a model under FSDP2 on the Triton kernels, to a file. Of
+the model's own loss, and of large logits, in one fused loss where there is one and in chunks."""
 
 import sys
 
@@ -18,8 +19,16 @@ if __name__ == "__main__":
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model(**batch_of((rank + 1,))).loss.backward()
-    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    batch = batch_of((rank + 1,))
+    gradients = {}
+    choose = flexmask.loss._library_loss
+    for way in ("own", "fused", "chunks"):
+        flexmask.loss.CHUNK_LOGITS = 5 * 512
+        flexmask.loss._library_loss = choose if way == "fused" else lambda device, dtype: None
+        loss = model(**batch).loss if way == "own" else flexmask.tree_loss(model, batch)
+        loss.backward()
+        gradients[way] = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        model.zero_grad(set_to_none=True)
     if rank == 0:
         torch.save(gradients, sys.argv[1])
     torch.distributed.barrier()

@@ -196,11 +196,14 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str:
+    """Of the code that runs; `-dirty` if other code than that, results and pages aside."""
+    code = ["--", ":/", ":(top,exclude)*.md", ":(top,exclude)benchmarks/results"]
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
-        return git.stdout.strip() or "unknown"
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", *code], capture_output=True, cwd=HERE)
     except FileNotFoundError:
         return "unknown"
+    return (commit.stdout.strip() or "unknown") + "-dirty" * (changed.returncode == 1)
 
 
 def _environment() -> list[str]:

@@ -24,7 +24,7 @@ from flexmask.train import GENERATED_DATA, ModelArguments, OnePassTrainer, OnePa
 
 def main() -> None:
     bench = Benchmark("accuracy", __doc__)
-    bench.run(lambda: fill(bench), lambda *axes: draw(bench, *axes), width=11, panels=2)
+    bench.run(lambda: fill(bench), lambda *axes: draw(bench.more["losses"], *axes), width=11, panels=2)
 
 
 def fill(bench: Benchmark) -> None:
@@ -40,28 +40,26 @@ def fill(bench: Benchmark) -> None:
     problems = [tree.passes() for tree in build_trees(held_out, tokenizer).trees]
 
     texts = {}
-    bench.losses = {}
+    losses = bench.more["losses"] = {}
     for method, make_trainer in (("one-pass", one_pass_trainer), ("N-pass", n_pass_trainer)):
         set_seed(0)
         model, _ = load_model(ModelArguments(settings.model), conversations)
-        bench.losses[method], seconds = train(make_trainer, model, batches, tokenizer, settings)
+        losses[method], seconds = train(make_trainer, model, batches, tokenizer, settings)
         texts[method], right = answer(model, tokenizer, problems, settings)
         bench.add(
             model=method, seconds=seconds,
             **{
-                "first loss": bench.losses[method][0],
-                "last loss": bench.losses[method][-1],
+                "first loss": losses[method][0],
+                "last loss": losses[method][-1],
                 "answers": sum(map(len, right)),
                 "right": sum(map(sum, right)),
                 "right by turn": [sum(of_turn) for of_turn in zip_longest(*right, fillvalue=False)],
             },
         )  # fmt: skip
-    ours, theirs = (np.array(bench.losses[method]) for method in ("one-pass", "N-pass"))
-    bench.save(
-        losses=bench.losses,
-        largest_difference=float(np.abs(ours - theirs).max()),
-        same_texts=sum(a == b for a, b in zip(texts["one-pass"], texts["N-pass"])),
-    )
+    ours, theirs = (np.array(losses[method]) for method in ("one-pass", "N-pass"))
+    bench.more["largest_difference"] = float(np.abs(ours - theirs).max())
+    bench.more["same_texts"] = sum(a == b for a, b in zip(texts["one-pass"], texts["N-pass"]))
+    bench.save()
 
 
 def train(make_trainer, model, batches, tokenizer, settings) -> tuple[list[float], float]:
@@ -141,13 +139,13 @@ def number(text: str) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-def draw(bench: Benchmark, curves, difference) -> None:
-    for (method, losses), style in zip(bench.losses.items(), ("-", "--")):
-        curves.plot(range(1, len(losses) + 1), losses, style, label=method)
+def draw(losses: dict, curves, difference) -> None:
+    for (method, of_method), style in zip(losses.items(), ("-", "--")):
+        curves.plot(range(1, len(of_method) + 1), of_method, style, label=method)
     curves.set(xlabel="step", ylabel="loss per target token")
     curves.legend()
-    if len(bench.losses) == 2:
-        ours, theirs = map(np.array, bench.losses.values())
+    if len(losses) == 2:
+        ours, theirs = map(np.array, losses.values())
         difference.semilogy(range(1, len(ours) + 1), np.abs(ours - theirs).clip(1e-9), ".-")
     difference.set(xlabel="step", ylabel="difference of the losses")
 

@@ -173,8 +173,9 @@ def fill(bench: Benchmark) -> None:
 
 def draw(rows: list[dict], *axes) -> None:
     """Bars: forward and backward of every contender, at the largest length and first shape."""
-    length = max(row["length"] for row in rows)
-    chosen = [r for r in rows if r["length"] == length and r["heads"] == rows[0]["heads"] and "error" not in r]
+    rows = [row for row in rows if "error" not in row]
+    length, same = max(row["length"] for row in rows), ("heads", "dtype")
+    chosen = [r for r in rows if r["length"] == length and all(r[name] == rows[0][name] for name in same)]
     for axis, direction in zip(axes, ("forward", "backward")):
         bars(axis, chosen, "conversation", "attention", f"{direction} TFLOP/s")
         axis.set(title=f"{direction}, {length:,} tokens, {rows[0]['dtype']}", ylabel="TFLOP/s over visible pairs")

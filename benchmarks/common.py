@@ -36,11 +36,14 @@ CONVERSATIONS = {
 }
 
 
-def conversation(rng: np.random.Generator, turns: int, h: int, t: int, r: int, vocab: int) -> list[Pass]:
-    """The N passes of a conversation of random tokens, its lengths drawn around the means (0.5 to 1.5 times)."""
+def conversation(
+    rng: np.random.Generator, turns: int, h: int, t: int, r: int, vocab: int, fixed: bool = False
+) -> list[Pass]:
+    """The N passes of a conversation of random tokens, its lengths drawn around the means (0.5 to 1.5 times), or fixed."""
     context, passes = np.empty(0, np.int64), []
     for _ in range(turns):
-        question, thought, response = (rng.integers(0, vocab, rng.integers(n // 2, n * 3 // 2 + 1)) for n in (h, t, r))
+        lengths = (h, t, r) if fixed else (rng.integers(n // 2, n * 3 // 2 + 1) for n in (h, t, r))
+        question, thought, response = (rng.integers(0, vocab, n) for n in lengths)
         context = np.concatenate([context, question])
         ids = np.concatenate([context, thought, response])
         passes.append(Pass(ids, np.arange(len(ids)) >= len(context)))
@@ -99,6 +102,7 @@ class Benchmark:
     Attributes:
         settings: of `configs/NAME.yaml`, as attributes.
         rows: what `add` was given.
+        more: what else the result holds.
     """
 
     def __init__(self, name: str, description: str, argv: list[str] | None = None):
@@ -114,6 +118,8 @@ class Benchmark:
         self.args = parser.parse_args(argv)
         self.settings = argparse.Namespace(**sizes[self.args.size] or {})
         self.rows: list[dict] = []
+        self.more: dict = {}
+        self.commit = _commit()
         self.start = time.perf_counter()
 
     @property
@@ -126,17 +132,27 @@ class Benchmark:
         print("  ".join(f"{key}: {_text(value)}" for key, value in row.items()), flush=True)
         self.save()
 
-    def save(self, **more) -> None:
+    def attempt(self, function: Callable[[], dict], **what) -> dict | None:
+        """A row of what a function finds; if it fails, of the error, and None is returned."""
+        try:
+            found = function()
+        except Exception as error:
+            self.add(**what, error=f"{type(error).__name__}: {str(error)[-300:]}")
+            return None
+        self.add(**what, **found)
+        return found
+
+    def save(self) -> None:
         """Write rows and where they come from: machine, versions, commit, command, settings."""
         result = {
             "command": " ".join([*_environment(), "python", f"benchmarks/{self.name}.py", self.args.size]),
-            "commit": _commit(),
+            "commit": self.commit,
             "date": time.strftime("%Y-%m-%d"),
             "machine": machine(),
             "versions": versions(),
             "settings": vars(self.settings),
             "seconds": round(time.perf_counter() - self.start),
-            **more,
+            **self.more,
             "rows": self.rows,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +166,8 @@ class Benchmark:
             fill()
         except KeyboardInterrupt:
             print(f"interrupted after {len(self.rows)} rows")
-            self.save(interrupted=True)
+            self.more["interrupted"] = True
+            self.save()
         if any("error" not in row for row in self.rows):
             self._plot(draw, width, panels)
         print("saved", self.path.name)
@@ -164,13 +181,16 @@ class Benchmark:
         figure.savefig(self.path.with_suffix(".png"), dpi=120)
 
 
-def bars(axis, rows: list[dict], group: str, kind: str, value: str) -> None:
-    """Bars side by side: one group for each value of rows' `group`, in it one bar for each `kind`, as high as `value`."""
+def bars(axis, rows: list[dict], group: str, kind: str, value: str, mark: str | None = None) -> None:
+    """Bars side by side: one group for each value of rows' `group`, in it one bar for each `kind`, as high as `value`, with
+    a line at `mark`."""
     groups, kinds = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, kind))
     for i, name in enumerate(kinds):
-        height = {row[group]: row[value] for row in rows if row[kind] == name}
-        at = np.arange(len(groups)) + (i - len(kinds) / 2 + 0.5) * 0.8 / len(kinds)
-        axis.bar(at, [height.get(g, 0) for g in groups], 0.8 / len(kinds), label=name)
+        of_kind = [row for row in rows if row[kind] == name]
+        at = [groups.index(row[group]) + (i - len(kinds) / 2 + 0.5) * 0.8 / len(kinds) for row in of_kind]
+        axis.bar(at, [row[value] for row in of_kind], 0.8 / len(kinds), label=name)
+        if mark:
+            axis.plot(at, [row[mark] for row in of_kind], "k_", markersize=12)
     axis.set_xticks(range(len(groups)), groups, fontsize=7)
 
 
@@ -185,7 +205,7 @@ def machine() -> str:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("transformers", "triton", "trl"):
+    for package in ("transformers", "triton", "trl", "liger-kernel"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -208,7 +228,8 @@ def _commit() -> str:
 
 def _environment() -> list[str]:
     """Variables that change speed, as they would be written before the command."""
-    return [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(("MALLOC_", "OMP_"))]
+    prefixes = ("MALLOC_", "OMP_", "FLEXMASK_", "PYTORCH_", "TRITON_")
+    return [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(prefixes)]
 
 
 def _without_nan(value):

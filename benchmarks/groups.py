@@ -1,5 +1,5 @@
-"""Groups of completions of one prompt (preference pairs, GRPO groups): the padded batch of a trainer such as TRL's, the
-same with `flexmask.share_prefixes`, and trees.
+"""Groups of completions of one prompt (preference pairs, GRPO groups): a padded batch with logits at completions, as TRL's
+GRPO makes it, the same with `flexmask.share_prefixes`, and trees. The loss is the cross-entropy of the completions.
 
 python benchmarks/groups.py cpu
 """
@@ -18,21 +18,26 @@ def fill(bench: Benchmark) -> None:
     for group, what in settings["groups"].items():
         usual = None
         for method in GROUP_METHODS:
-            found = run({**settings, **what, "method": method})
+
+            def against_usual() -> dict:
+                found = run({**settings, **what, "method": method})
+                before = usual or found
+                return found | {
+                    "faster by": before["step"]["median"] / found["step"]["median"],
+                    "predicted": before["TFLOP"] / found["TFLOP"],
+                }
+
+            found = bench.attempt(against_usual, group=group, method=method)
+            if method == "padded batch" and found is None:
+                break
             usual = usual or found
-            bench.add(
-                group=group, method=method, **found,
-                **{
-                    "faster by": usual["step"]["median"] / found["step"]["median"],
-                    "predicted": usual["TFLOP"] / found["TFLOP"],
-                },
-            )  # fmt: skip
 
 
 def draw(rows: list[dict], speed, memory) -> None:
-    bars(speed, rows, "group", "method", "faster by")
+    rows = [row for row in rows if "error" not in row]
+    bars(speed, rows, "group", "method", "faster by", mark="predicted")
     bars(memory, rows, "group", "method", "peak MiB")
-    speed.set(ylabel="times as fast as the padded batch", title="training step")
+    speed.set(ylabel="times as fast as the padded batch (line: predicted)", title="training step")
     memory.set(ylabel="MiB beyond the weights", title="peak memory")
     speed.legend(fontsize=7)
 

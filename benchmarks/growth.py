@@ -19,8 +19,8 @@ def fill(bench: Benchmark) -> None:
     settings = vars(bench.settings)
     for turns in settings["turns"]:
         for method in settings["methods"]:
-            found = run({**settings, "conversations": 1, "turns": [turns, turns], "method": method})
-            bench.add(turns=turns, method=method, **found)
+            spec = {**settings, "conversations": 1, "turns": [turns, turns], "fixed": True, "method": method}
+            bench.attempt(lambda: run(spec), turns=turns, method=method)
 
 
 def exponent(rows: list[dict], value) -> float:
@@ -35,10 +35,11 @@ VALUES = {
 
 
 def draw(bench: Benchmark, *axes) -> None:
-    exponents = {}
+    measured = [row for row in bench.rows if "error" not in row]
+    exponents = bench.more["exponents"] = {}
     for axis, (name, value) in zip(axes, VALUES.items()):
-        for method in dict.fromkeys(row["method"] for row in bench.rows):
-            rows = [row for row in bench.rows if row["method"] == method and value(row) > 0]
+        for method in dict.fromkeys(row["method"] for row in measured):
+            rows = [row for row in measured if row["method"] == method and value(row) > 0]
             fitted = [row for row in rows if row["turns"] >= bench.settings.fit_from]
             label = method
             if len(fitted) > 1:
@@ -47,7 +48,7 @@ def draw(bench: Benchmark, *axes) -> None:
             axis.loglog([row["turns"] for row in rows], [value(row) for row in rows], "o-", label=label)
         axis.set(xlabel="turns", ylabel=name)
         axis.legend(fontsize=7)
-    bench.save(exponents=exponents)
+    bench.save()
 
 
 if __name__ == "__main__":

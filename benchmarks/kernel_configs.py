@@ -7,7 +7,7 @@ python benchmarks/kernel_configs.py gpu
 
 import contextlib
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import astuple, replace
 from itertools import product
 
@@ -71,9 +71,11 @@ def fill(bench: Benchmark) -> None:
     ends = row_of(settings.length, CONVERSATIONS[settings.conversation])
     for head_dim in settings.head_dims:
         if settings.processes:
-            with ProcessPoolExecutor(settings.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-                for config in candidates(settings):
-                    pool.submit(compile_one, config, settings, head_dim)
+            pool = ProcessPoolExecutor(settings.processes, mp_context=multiprocessing.get_context("spawn"))
+            try:
+                wait([pool.submit(compile_one, config, settings, head_dim) for config in candidates(settings)])
+            finally:  # also when interrupted
+                pool.shutdown(cancel_futures=True)
         q, k, v = inputs(settings, head_dim, settings.length)
         grad = torch.randn_like(q)
         pinned = kernels.pinned_configs(q, v)

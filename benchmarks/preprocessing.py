@@ -1,12 +1,14 @@
-"""Where the time goes between a chat file and packed rows: reading, rendering and tokenising, tree building, packing.
+"""Where the time goes between a chat file and packed rows: reading, rendering, tokenising, tree building, packing.
 
 python benchmarks/preprocessing.py cpu
 """
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 from common import Benchmark, bars, measure
 
+import flexmask
 from flexmask import TokenTree, pack, render_passes
 from flexmask.data import load_conversations
 from flexmask.demo import conversations as generate_conversations
@@ -27,8 +29,8 @@ def rows_of(bench: Benchmark, name: str, dataset: str, tokenizer: str, count: in
     """A row of the result for each stage."""
     seconds = {}
 
-    def stage(stage: str, function: Callable):
-        seconds[stage] = measure(function, bench.settings.repeats, warmup=0)
+    def stage(what: str, function: Callable):
+        seconds[what] = measure(function, bench.settings.repeats, warmup=0)
         return function()
 
     def read() -> list[dict]:
@@ -36,15 +38,26 @@ def rows_of(bench: Benchmark, name: str, dataset: str, tokenizer: str, count: in
 
     conversations = stage("generate" if dataset == GENERATED_DATA else "read and check", read)
     tokenizer = load_tokenizer(tokenizer, conversations)
-    passes = stage("render and tokenise", lambda: [render_passes(c["messages"], tokenizer) for c in conversations])
+
+    texts = []
+
+    def render() -> None:
+        texts.clear()
+        for c in conversations:
+            render_passes(c["messages"], tokenizer)
+
+    tokenise = flexmask.passes._tokenize
+    with patch.object(flexmask.passes, "_tokenize", lambda *rendered: texts.append(rendered) or []):
+        stage("render", render)
+    passes = stage("tokenise", lambda: [tokenise(*rendered) for rendered in texts])
     trees = stage("build trees", lambda: [TokenTree.from_passes(p) for p in passes])
     rows = stage("pack", lambda: pack(trees, bench.settings.max_tokens))
 
     tokens, everything = sum(map(len, trees)), sum(taken["median"] for taken in seconds.values())
     n_pass = sum(int(tree.pass_lengths.sum()) for tree in trees)
-    for stage, taken in seconds.items():
+    for what, taken in seconds.items():
         bench.add(
-            dataset=name, stage=stage, seconds=taken, share=taken["median"] / everything,
+            dataset=name, stage=what, seconds=taken, share=taken["median"] / everything,
             conversations=len(trees), tokens=tokens,
             **{
                 "tokens/s": round(tokens / taken["median"]),

@@ -1,7 +1,7 @@
 """Time and memory of a training step on one conversation that is split into K parts: K = 1 is one-pass, K = N is N-pass.
 
-For each number of `parts` the smallest max_tokens is taken that does with so many. (Even with rows as short as the longest
-pass, short passes share a part, so that the most parts can be fewer than the turns.)
+For each number of `parts` the smallest max_tokens is taken that does with so many. Even with rows as short as the longest
+pass, short passes share a part; so the most parts are fewer than the turns, and N-pass is a row of its own.
 
 python benchmarks/split.py cpu
 """
@@ -21,14 +21,13 @@ def fill(bench: Benchmark) -> None:
     settings = vars(bench.settings)
     spec = {**settings, "conversations": 1, "turns": [settings["turns"]] * 2}
     for parts in settings["parts"]:
-        found = run({**spec, "parts": parts})
-        if found["batches"] not in [row["parts"] for row in bench.rows]:
-            bench.add(parts=found["batches"], method="one-pass", **found)
-    bench.add(parts=settings["turns"], method=SEQUENCES, **run({**spec, "parts": None, "method": SEQUENCES}))
+        bench.attempt(lambda: run({**spec, "parts": parts}), parts=parts, method="one-pass")
+    bench.attempt(lambda: run({**spec, "parts": None, "method": SEQUENCES}), parts=settings["turns"], method=SEQUENCES)
 
 
 def draw(rows: list[dict], over_parts, trade) -> None:
     """Time and memory over K; and one against the other."""
+    rows = [row for row in rows if "error" not in row]
     ours = [row for row in rows if row["method"] == "one-pass"]
     parts, seconds, memory = zip(*((row["parts"], row["step"]["median"], row["peak MiB"]) for row in ours))
     over_parts.plot(parts, [s / seconds[0] for s in seconds], "o-", label="step time")

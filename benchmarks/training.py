@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +13,9 @@ from common import DEVICE, Vocabulary, conversation, in_own_process, measure, pe
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+import flexmask
 from flexmask import OnePassCollator, Pass, TokenTree, cost, pack, share_prefixes, split, tree_loss
+from flexmask.cost import Cost
 from flexmask.mask import BLOCK_SIZE, count_tiles
 
 # The shapes of models people fine-tune; weights are random. `layers` can be lowered for a small machine.
@@ -38,7 +40,7 @@ SHAPES = {
 
 
 def build(shape: str, layers: int | None = None, *, checkpointing: bool = False, seed: int = 0):
-    """A model with random weights: float32 on a CPU, bfloat16 on a GPU, as autocast would run it."""
+    """A model with random weights: float32 on a CPU, bfloat16 (gradients and optimiser too) on a GPU."""
     config = SHAPES[shape]()
     config.max_position_embeddings = 65536
     config.num_hidden_layers = layers or config.num_hidden_layers
@@ -56,7 +58,7 @@ def build(shape: str, layers: int | None = None, *, checkpointing: bool = False,
 def one_pass(conversations: Sequence[Sequence[Pass]], vocab: int, max_tokens: int):
     """Trees packed into rows."""
     rows = pack([TokenTree.from_passes(passes) for passes in conversations], max_tokens)
-    return "flexmask", _batches(rows, vocab), _flops(rows)
+    return "flexmask", _batches(rows, vocab), _counted(rows)
 
 
 def in_parts(conversations, vocab: int, parts: int):
@@ -69,19 +71,19 @@ def in_parts(conversations, vocab: int, parts: int):
             middle = (low + high) // 2
             low, high = (low, middle) if len(split(tree, middle)) <= parts else (middle + 1, high)
         trees += split(tree, low)
-    return "flexmask", _batches(trees, vocab), _flops(trees)
+    return "flexmask", _batches(trees, vocab), _counted(trees)
 
 
 def sequences(conversations, vocab, max_tokens):
     """N-pass, one sequence at a time, labels of -100 where nothing is trained: what most scripts do."""
     passes = _passes(conversations)
-    return "sdpa", [labelled([p]) for p in passes], _flops(_alone(passes), "n_pass_all_logits")
+    return "sdpa", [labelled([p]) for p in passes], _counted(_alone(passes), all_logits=True)
 
 
 def sequences_targets(conversations, vocab, max_tokens):
-    """The same, with logits where there is a target, as one-pass has them."""
+    """The same, with logits where there is a target, all of them at once, as the library's loss has them."""
     passes = _passes(conversations)
-    return "sdpa", [_targets_only(p) for p in passes], _flops(_alone(passes), "n_pass")
+    return "sdpa", [_targets_only(p) for p in passes], _counted(_alone(passes), keeps_logits=True)
 
 
 def padded(conversations, vocab, max_tokens):
@@ -94,35 +96,41 @@ def padded(conversations, vocab, max_tokens):
         batch.append(p)
     batches.append(batch)
     longest = [batch[-1] for batch in batches for _ in batch]
-    return "sdpa", [labelled(batch) for batch in batches], _flops(_alone(longest), "n_pass_all_logits")
+    return "sdpa", [labelled(batch) for batch in batches], _counted(_alone(longest), all_logits=True, dense=True)
 
 
 def packed(conversations, vocab, max_tokens):
-    """N-pass, passes packed into rows in which no pass sees another, with logits at targets: the strongest N-pass. It runs
-    on our attention (a tree without forks is a document mask), which skips the tiles between documents."""
+    """N-pass, passes packed into rows in which no pass sees another, with our attention (a tree without forks is a document
+    mask), which skips the tiles between documents, and our loss: the only thing not shared is the history."""
     rows = pack(_alone(_passes(conversations)), max_tokens)
-    return "flexmask", _batches(rows, vocab), _flops(rows)
+    return "flexmask", _batches(rows, vocab), _counted(rows)
 
 
 def interleaved(conversations, vocab, max_tokens):
     """The published one-pass method: turn by turn in one sequence, with a dense mask handed to SDPA. (Targets are those of
     the tree; the published label shift gets one of each turn wrong.)"""
     trees = [TokenTree.from_passes(passes) for passes in conversations]
-    return "dense-mask", [_turn_by_turn(tree) for tree in trees], lambda config: sum(_dense(t, config) for t in trees)
+    return "dense-mask", [_turn_by_turn(tree) for tree in trees], _counted(trees, keeps_logits=True, dense=True)
 
 
 def aligned(conversations, vocab, max_tokens):
-    """One padded batch as TRL makes it: prompts padded on the left, completions on the right, logits at completions."""
-    return "sdpa", [_aligned(_passes(conversations))], lambda config: _aligned_flops(conversations, config, "n_pass")
+    """One padded batch: prompts padded on the left, completions on the right, logits at completions, as TRL's GRPO has it."""
+    passes = _passes(conversations)
+    longest = [_longest(passes)] * len(passes)
+    return "sdpa", [_aligned(passes)], _counted(_alone(longest), keeps_logits=True, dense=True)
 
 
 def shared(conversations, vocab, max_tokens):
     """The same batch, and `flexmask.share_prefixes`."""
-    return (
-        "flexmask",
-        [_aligned(_passes(conversations))],
-        lambda config: _aligned_flops(conversations, config, "one_pass"),
-    )
+    passes = _passes(conversations)
+    logits = len(passes) * int(np.sum(_longest(passes).loss_mask))
+    return "flexmask", [_aligned(passes)], _counted([TokenTree.from_passes(passes)], keeps_logits=True, logits=logits)
+
+
+def _longest(passes: Sequence[Pass]) -> Pass:
+    """A pass of the longest prompt and the longest completion."""
+    prompt, completion = (max(map(len, parts)) for parts in zip(*map(_prompt_and_completion, passes)))
+    return Pass(np.arange(prompt + completion), np.arange(prompt + completion) >= prompt)
 
 
 METHODS: dict[str, Callable] = {
@@ -152,6 +160,10 @@ def run(spec: dict) -> dict:
 
 
 def _measure(spec: dict) -> dict:
+    gc.collect()  # a model that shares prefixes refers to itself
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    flexmask.set_backend(spec.get("backend", "auto"))
     rng = np.random.default_rng(0)
     config = SHAPES[spec["shape"]]()
     conversations = [_conversation(rng, spec, config.vocab_size) for _ in range(spec["conversations"])]
@@ -172,18 +184,25 @@ def _measure(spec: dict) -> dict:
     counter = model.get_input_embeddings().register_forward_hook(
         lambda _, args, out: run_tokens.append(args[0].numel())
     )
-    with torch.no_grad():
-        loss = sum(_loss(model, batch, targets).item() for batch in batches)
-    counter.remove()
+    losses = []
 
     def step() -> None:
+        total = 0.0
         for batch in batches:
-            _loss(model, batch, targets).backward()
+            loss = _loss(model, batch, targets)
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    peak = peak_memory(step)  # the first, which also allocates the optimiser's states
-    seconds = measure(step, spec["repeats"], warmup=1)
+    def two_steps() -> None:
+        step()
+        counter.remove()
+        step()  # the first that begins with the optimiser's states
+
+    peak = peak_memory(two_steps)
+    seconds = measure(step, spec["repeats"], warmup=0)
     tokens = sum(len(p.input_ids) for p in passes)
     return {
         "step": seconds,
@@ -192,7 +211,7 @@ def _measure(spec: dict) -> dict:
         "tokens run": sum(run_tokens),
         "batches": len(batches),
         "peak MiB": peak / 2**20,
-        "loss": loss,
+        "loss": losses[0],
         "TFLOP": flops(model.config) / 1e12,
     }
 
@@ -201,7 +220,8 @@ def _conversation(rng: np.random.Generator, spec: dict, vocab: int) -> list[Pass
     """Passes of random tokens: of a conversation, or of several completions of one prompt."""
     if "turns" in spec:
         fewest, most = spec["turns"]
-        return conversation(rng, int(rng.integers(fewest, most + 1)), *spec["lengths"], vocab)
+        turns = int(rng.integers(fewest, most + 1))
+        return conversation(rng, turns, *spec["lengths"], vocab, fixed=spec.get("fixed", False))
     prompt, *completions = (
         rng.integers(0, vocab, rng.integers(n // 2, n * 3 // 2 + 1))
         for n in [spec["lengths"][0]] + [spec["lengths"][1]] * spec["completions"]
@@ -210,29 +230,37 @@ def _conversation(rng: np.random.Generator, spec: dict, vocab: int) -> list[Pass
     return [Pass(ids, np.arange(len(ids)) >= len(prompt)) for ids in sequences]
 
 
-def _flops(trees: Sequence[TokenTree], of: str = "one_pass") -> Callable:
-    return lambda config: sum(getattr(cost(tree, config), of).flops for tree in trees)
+def _counted(trees: Sequence[TokenTree], **how) -> Callable:
+    """FLOPs of a step on all of them, by the model's configuration."""
+    return lambda config: sum(_flops(tree, config, **how) for tree in trees)
 
 
-def _dense(tree: TokenTree, config) -> float:
-    """FLOPs where no tile is skipped."""
-    one_pass, blocks = cost(tree, config).one_pass, -(-len(tree) // BLOCK_SIZE)
-    tiles = sum(count_tiles(torch.from_numpy(tree.subtree_end)[None]))
-    return one_pass.flops + one_pass.attention_flops * (blocks**2 / tiles - 1)
+def _flops(
+    tree: TokenTree,
+    config,
+    *,
+    all_logits: bool = False,
+    keeps_logits: bool = False,
+    dense: bool = False,
+    logits: int | None = None,
+) -> float:
+    """As `flexmask.cost` counts them for the tree, but for what a method does otherwise.
 
-
-def _aligned_flops(conversations: Sequence[Sequence[Pass]], config, of: str) -> float:
-    """FLOPs of an aligned batch, whose logits are computed at padding too: N passes as long as the batch, or the tree."""
-    passes = _passes(conversations)
-    prompts, completions = zip(*map(_prompt_and_completion, passes))
-    prompt, completion = max(map(len, prompts)), max(map(len, completions))
-    padded = cost(
-        TokenTree.from_passes([Pass(np.arange(prompt + completion), np.arange(prompt + completion) >= prompt)]), config
-    ).n_pass
-    if of == "n_pass":
-        return padded.flops * len(passes)
-    tree = cost(TokenTree.from_passes(passes), config).one_pass
-    return tree.linear_flops + tree.attention_flops + padded.loss_flops * len(passes)
+    Args:
+        all_logits: logits of every token.
+        keeps_logits: the library's loss, which never computes logits twice.
+        dense: no tile is skipped.
+        logits: how many places have logits, if not the targets.
+    """
+    found = cost(tree, config)
+    counted: Cost = found.n_pass_all_logits if all_logits else found.one_pass
+    attention, loss = found.one_pass.attention_flops, counted.loss_flops
+    if keeps_logits:
+        loss = 6 * config.hidden_size * config.vocab_size * (counted.logits if logits is None else logits)
+    if dense:
+        blocks = -(-len(tree) // BLOCK_SIZE)
+        attention *= blocks**2 / sum(count_tiles(torch.from_numpy(tree.subtree_end)[None]))
+    return found.one_pass.linear_flops + attention + loss
 
 
 def _loss(model, batch: dict, targets: int) -> torch.Tensor:
@@ -240,9 +268,7 @@ def _loss(model, batch: dict, targets: int) -> torch.Tensor:
     everything else through the library's own loss."""
     if "subtree_end" in batch:
         return tree_loss(model, batch, targets)
-    with _dense_mask(batch):
-        inputs = {name: x for name, x in batch.items() if name != "dense_mask"}
-        return model(**inputs, use_cache=False, num_items_in_batch=targets).loss
+    return model(**batch, use_cache=False, num_items_in_batch=targets).loss
 
 
 def _alone(passes: Sequence[Pass]) -> list[TokenTree]:
@@ -296,43 +322,36 @@ def _targets_only(p: Pass) -> dict[str, torch.Tensor]:
 
 
 def _turn_by_turn(tree: TokenTree) -> dict[str, torch.Tensor]:
-    """The tokens of each pass that no earlier one has, pass after pass: the tree in the order of the conversation."""
+    """The tokens of each pass that no earlier one has, pass after pass: the tree in the order of the conversation. Padded
+    to a multiple of 8, as the kernels want a mask."""
     order, placed = [], np.zeros(len(tree), bool)
     for path in tree.paths():
         order.extend(path[~placed[path]].tolist())
         placed[path] = True
     order = np.array(order)
     place = np.argsort(order)
-    visible = (order[None, :] <= order[:, None]) & (order[:, None] < tree.subtree_end[order][None, :])
+    padding = -len(tree) % 8
+    visible = np.eye(len(tree) + padding, dtype=bool)
+    visible[: len(tree), : len(tree)] = (order <= order[:, None]) & (order[:, None] < tree.subtree_end[order])
+    # Added to the scores, in their dtype: what SDPA would otherwise make of a mask of bools in every layer.
+    mask = torch.zeros(visible.shape, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     labels = torch.from_numpy(tree.target_ids)[None]
     return {
-        "input_ids": torch.from_numpy(tree.input_ids[order])[None],
-        "position_ids": torch.from_numpy(tree.position_ids[order])[None],
-        "dense_mask": torch.from_numpy(visible)[None, None],
+        "input_ids": torch.from_numpy(np.pad(tree.input_ids[order], (0, padding)))[None],
+        "position_ids": torch.from_numpy(np.pad(tree.position_ids[order], (0, padding)))[None],
+        "dense_mask": mask.masked_fill_(torch.from_numpy(~visible), float("-inf"))[None, None],
         "logits_to_keep": torch.from_numpy(place[tree.target_index]),
         "labels": labels,
         "shift_labels": labels,
     }
 
 
-_mask = None  # of the batch that is being run: transformers' own way of a mask of four dimensions needs it as float
-
-
-@contextlib.contextmanager
-def _dense_mask(batch: dict):
-    global _mask
-    _mask = batch.get("dense_mask")
-    try:
-        yield
-    finally:
-        _mask = None
-
-
-def _dense_attention(module, query, key, value, attention_mask, *, scaling=None, **kwargs):
-    """SDPA with the dense mask, keys and values repeated, as transformers does where there is a mask."""
+def _dense_attention(module, query, key, value, attention_mask, *, dense_mask, scaling=None, **kwargs):
+    """SDPA with the dense mask (a keyword of the model's call, which reaches every layer), keys and values repeated, as
+    transformers does where there is a mask."""
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    out = scaled_dot_product_attention(query, key, value, attn_mask=_mask, scale=scaling)
+    out = scaled_dot_product_attention(query, key, value, attn_mask=dense_mask, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

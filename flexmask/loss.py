@@ -91,10 +91,10 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
         seen["head"] = args[0], output
 
     def add_losses(module, args, kwargs, output):  # inside the forward of what is around the model (DDP, FSDP)
-        while hooks:
-            hooks.pop().remove()
         states = seen["body"].last_hidden_state[0, index]
         fused = _fused_losses(head, states, *seen["head"], output.logits) if "head" in seen else None
+        while hooks:
+            hooks.pop().remove()
         if fused is not None:
             output.loss = fused(states, targets)
             return output
@@ -139,6 +139,8 @@ def _fused_losses(head, states: Tensor, inputs: Tensor, outputs: Tensor, logits:
     """
     if type(head) is not torch.nn.Linear or isinstance(head.weight, DTensor) or not head.weight.numel():
         return None  # an adapter, or sharded
+    if "forward" in head.__dict__ or len(head._forward_hooks) != 1:
+        return None  # changed from outside; the one hook is ours
     dtype = outputs.dtype  # that of autocast, too, wherever it was switched on
     with torch.no_grad():  # is there anything before the layer or after it? Zeros would not tell.
         same = torch.equal(inputs[0, -1], states[-1]) and torch.equal(outputs.to(logits.dtype), logits)

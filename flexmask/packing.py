@@ -24,7 +24,7 @@ def pack(trees: Sequence[TokenTree], max_tokens: int) -> list[TokenTree]:
         Rows (forests), ordered by the first tree, or part of one, in them; within a row those keep their order.
 
     Raises:
-        ValueError: a single pass is longer than a row, naming its tree.
+        ValueError: naming a tree of which a single pass is longer than a row, or that is larger and has no targets.
     """
     parts = []
     for index, tree in enumerate(trees):
@@ -85,18 +85,18 @@ def split(tree: TokenTree, max_tokens: int) -> list[TokenTree]:
     """
     if len(tree) <= max_tokens:
         return [tree]
-    longest = int(tree.pass_lengths.argmax())
+    passes = tree.passes()
+    trained = [i for i, p in enumerate(passes) if np.any(p.token_weight)]
+    if not trained:
+        raise ValueError("no pass has a target with a weight, so there is nothing to train on")
+    longest = max(trained, key=lambda i: tree.pass_lengths[i])
     if tree.pass_lengths[longest] > max_tokens:
         raise ValueError(
             f"pass {longest} has {tree.pass_lengths[longest]} tokens, more than the {max_tokens} of a row (max_tokens); a "
             "tree can be split between its passes, not inside one: raise max_tokens, or cap passes with max_length"
         )
-    passes = tree.passes()
-    trained = [p for p in passes if np.any(p.token_weight)]
-    if not trained:
-        raise ValueError("no pass has a target with a weight, so there is nothing to train on")
     if len(trained) < len(passes):
-        return split(TokenTree.from_passes(trained), max_tokens)
+        return split(TokenTree.from_passes([passes[i] for i in trained]), max_tokens)
     ends = np.unique(tree.pass_end)
     is_leaf = np.append(ends[1:], len(tree)) >= tree.subtree_end[ends]  # no other pass goes on from there
     leaves = ends[is_leaf]

@@ -56,7 +56,7 @@ def share_prefixes(model):
         )
     check_config(inner.config)
     base = inner.base_model
-    if getattr(base.forward, "__func__", None) is not forward:
+    if "padded_forward" not in base.__dict__ or base.forward == base.padded_forward:  # equal after unpickling
         # Both are bound methods, so that a deep copy of the model runs its own weights.
         base.padded_forward = base.forward
         base.forward = types.MethodType(forward, base)
@@ -64,7 +64,8 @@ def share_prefixes(model):
 
 
 def forward(base: PreTrainedModel, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
-    """The forward of a base model that shares prefixes. (A pickle of the model finds its own forward by this name.)"""
+    """The forward of a base model that shares prefixes. Named so that a pickle, which keeps a bound method by its name,
+    finds the model's own: an unpickled model shares nothing until it is handed to `share_prefixes` again."""
     cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
     if cached or "subtree_end" in kwargs or input_ids is None or len(input_ids) == 1:
         return base.padded_forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)

@@ -280,7 +280,7 @@ def _weights(passes: list[Pass], supervised: list[np.ndarray], loss_reduction: s
         if token_weight.shape != (len(p.input_ids),):
             raise ValueError(f"pass {i}: token_weight has shape {token_weight.shape} for {len(p.input_ids)} tokens")
         weight = token_weight[positions]
-        largest = max(weight.max(initial=0.0), 1.0) * p.weight
+        largest = max(weight.max(initial=0.0), 1.0) * p.weight  # 1, so that p.weight itself is looked at
         if not (0 <= largest <= np.finfo(np.float32).max and np.isfinite(weight).all() and (weight >= 0).all()):
             raise ValueError(f"pass {i}: weights must be finite in float32 and not negative; weight is {p.weight}")
         weights.append(p.weight * (weight / (weight.sum() or 1) if loss_reduction == "turn" else weight))

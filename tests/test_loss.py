@@ -244,6 +244,20 @@ def test_the_bias_of_the_output_layer_and_an_adapter_on_it_count(lora, library):
     assert library.calls == (library.name != "chunks" and not lora)
 
 
+@pytest.mark.parametrize("way", ["hook", "forward"])
+def test_an_output_layer_that_is_changed_from_outside_is_no_plain_one(way, library):
+    """The bug guarded: what a hook on the layer, or a forward put on it, does to logits was left out."""
+    model = tiny("Qwen3")
+    if way == "hook":
+        model.lm_head.register_forward_hook(lambda module, args, output: output * 0.5)
+    else:
+        plain_forward = model.lm_head.forward
+        model.lm_head.forward = lambda states: plain_forward(states) * 0.5
+    batch = to_batch(TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 2, 6, 9, 5, 500)))
+    torch.testing.assert_close(target_losses(model, batch), plain_losses(model, batch), rtol=1e-6, atol=1e-6)
+    assert library.calls == 0
+
+
 def test_mixed_precision_of_accelerate_reaches_the_library(monkeypatch):
     """The bug guarded: Accelerate switches autocast on around the model's forward, and off before hooks on it run."""
     asked = []

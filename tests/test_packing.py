@@ -142,6 +142,8 @@ def test_a_part_of_untrained_passes_alone_is_not_made():
     passes = [Pass([1, 2, 3, n, n, n], mask & (n != 9)) for n in (7, 8, 9)] + [Pass([1, 2, 3, 6, 6, 6], mask, 0.0)]
     tree = TokenTree.from_passes(passes)
     assert [part.num_passes for part in split(tree, 6)] == [1, 1] and split(tree, len(tree)) == [tree]
+    too_long = [*passes[:2], Pass(np.arange(50), np.zeros(50))]
+    assert [part.num_passes for part in split(TokenTree.from_passes(too_long), 9)] == [2]
     with pytest.raises(ValueError, match="tree 0: no pass has a target with a weight"):
         pack([TokenTree.from_passes(passes[2:])], 6)
 

@@ -124,9 +124,23 @@ def test_a_copy_runs_its_own_weights():
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    for again in (copied, unpickled, share_prefixes(copied), share_prefixes(unpickled)):
-        assert torch.equal(again(**batch).loss, expected) or again is unpickled
-        torch.testing.assert_close(again(**batch).loss, expected)
+    lengths = []
+
+    def loss(model):
+        hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: lengths.append(args[0].numel()))
+        found = model(**batch).loss
+        hook.remove()
+        return found
+
+    shared, alone = 128, batch["input_ids"].numel()
+    for again, length in ((copied, shared), (unpickled, alone)):
+        torch.testing.assert_close(loss(again), expected)
+        torch.testing.assert_close(loss(share_prefixes(again)), expected)
+        assert lengths == [length, shared]
+        lengths.clear()
+    inner = copied.model.forward
+    copied.model.forward = lambda *args, **kwargs: inner(*args, **kwargs)  # as Accelerate wraps
+    assert torch.equal(loss(share_prefixes(copied)), expected) and lengths.pop() == shared
     copied(**batch).loss.backward()
     assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in copied.parameters())
 

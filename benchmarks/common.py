@@ -268,9 +268,15 @@ class Vocabulary:
         return self.size
 
 
-def in_own_process(script: str, *arguments: str) -> dict:
+def in_own_process(script: str, *arguments: str, **environment: str) -> dict:
     """Run a script with arguments, and read the JSON object of its last line: for peak memory on a CPU."""
-    run = subprocess.run([sys.executable, str(HERE / script), *arguments], capture_output=True, text=True)
+    command = [sys.executable, str(HERE / script), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if run.returncode:
         raise RuntimeError(run.stderr[-2000:])
     return json.loads(run.stdout.splitlines()[-1])
+
+
+# Tensors of 64 KiB or more are mapped, and given back as soon as they are freed: what is resident is what is alive. (By
+# default the C library keeps much of it, which is faster and says little about what a step needs.)
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}

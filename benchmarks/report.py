@@ -176,12 +176,11 @@ def preprocessing(result: dict) -> list[list[str]]:
 
 
 def accuracy(result: dict) -> list[list[str]]:
-    table = [["", "training", "loss, first and last step", "held-out answers right", "by turn"]]
+    table = [["", "loss, first and last step", "held-out answers right", "by turn"]]
     for row in result["rows"]:
         table.append(
             [
                 row["model"],
-                f"{row['seconds']:.0f} s",
                 f"{row['first loss']:.4f}, {row['last loss']:.4f}",
                 f"{row['right']} of {row['answers']}",
                 ", ".join(map(str, row["right by turn"])),
@@ -193,7 +192,6 @@ def accuracy(result: dict) -> list[list[str]]:
     table.append(
         [
             "difference",
-            "",
             f"{result['largest_difference']:.1e} at most",
             f"{result['same_texts']} of {answers} texts the same",
             "",

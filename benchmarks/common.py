@@ -116,6 +116,8 @@ class Benchmark:
         parser.add_argument("size", choices=sizes, help=f"a section of configs/{name}.yaml")
         parser.add_argument("--output_dir", type=Path, default=RESULTS, help="where the result goes")
         self.args = parser.parse_args(argv)
+        if self.args.size.startswith("gpu") and DEVICE != "cuda":
+            parser.error(f"the size {self.args.size} needs a CUDA device, and PyTorch finds none")
         self.settings = argparse.Namespace(**sizes[self.args.size] or {})
         self.rows: list[dict] = []
         self.more: dict = {}

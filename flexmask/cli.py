@@ -50,7 +50,9 @@ def _parse(classes: tuple[type, ...], argv: list[str], *, positional: str | None
 
     parser = HfArgumentParser(classes, allow_abbrev=False, **options)
     if positional:
-        parser.add_argument(positional, help=".json, .jsonl or .parquet file of conversations, or a hub name")
+        parser.add_argument(
+            positional, help=".json, .jsonl or .parquet file of conversations, hub name, or flexmask/generated"
+        )
     else:
         parser.add_argument("--config", help="A YAML file with these arguments; flags override it.")
         argv = [*_config_flags(argv), *argv]
@@ -117,8 +119,7 @@ class VerifyArguments:
 def _verify(argv: list[str]) -> int:
     import torch
 
-    from .data import load_conversations
-    from .train import ModelArguments, TemplateArguments, load_model
+    from .train import ModelArguments, TemplateArguments, load_data, load_model
     from .verify import verify
 
     classes = (VerifyArguments, ModelArguments, TemplateArguments)
@@ -126,7 +127,7 @@ def _verify(argv: list[str]) -> int:
     args, model_args, template_args, name = _parse(
         classes, argv, positional="dataset_name", prog="flexmask verify", description=description
     )
-    conversations = load_conversations(name)[: args.max_samples]
+    conversations = load_data(name)[: args.max_samples]
     model, tokenizer = load_model(model_args, conversations)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     report = verify(model.to(device), tokenizer, conversations, gradients=args.gradients, **template_args.options())
@@ -143,16 +144,15 @@ class InspectArguments:
 
 def _inspect(argv: list[str]) -> int:
     from .cost import cost
-    from .data import load_conversations
     from .inspect import draw_mask, inspect_passes
     from .passes import render_conversation
-    from .train import TemplateArguments, load_config, load_tokenizer
+    from .train import TemplateArguments, load_config, load_data, load_tokenizer
 
     description = "Show what a conversation becomes, and draw its mask."
     args, template_args, name = _parse(
         (InspectArguments, TemplateArguments), argv, positional="file", prog="flexmask inspect", description=description
     )
-    conversations = load_conversations(name)
+    conversations = load_data(name)
     if not 0 <= args.index < len(conversations):
         raise ConversationError(f"--index is {args.index}, but {name} has {len(conversations)} conversations")
     tokenizer = load_tokenizer(args.tokenizer, conversations)

@@ -71,9 +71,10 @@ class OnePassCollator:
         row = TokenTree.concat(trees)
         if self.max_tokens is not None and len(row) > self.max_tokens:
             raise ValueError(
-                f"{len(examples)} examples have {len(row)} tokens together, a row has {self.max_tokens} (max_tokens); "
-                "use a smaller per_device_train_batch_size, or pack the dataset ahead with flexmask.pack, which splits a "
-                "tree that is larger than a row"
+                f"a batch of {len(examples)} has {len(row)} tokens, a row has {self.max_tokens} (max_tokens); "
+                + "use a smaller per_device_train_batch_size, or " * (len(examples) > 1)
+                + "pack the dataset ahead with flexmask.pack, which splits a tree that is larger than a row, or raise "
+                f"max_tokens; the longest pass, which must fit into a row, has {row.max_length}"
             )
         return self.batch(row)
 

@@ -242,7 +242,7 @@ def train(
     set_seed(args.seed)
     if args.eval_strategy != "no" and not data_args.eval_dataset_name:
         raise ConversationError(f"eval_strategy is {args.eval_strategy.value}, which needs eval_dataset_name")
-    conversations = _load(data_args.dataset_name, data_args.dataset_train_split, args.seed)[: data_args.max_samples]
+    conversations = load_data(data_args.dataset_name, data_args.dataset_train_split, args.seed)[: data_args.max_samples]
     model, tokenizer = load_model(model_args, conversations)
     options = template_args.options()
     if options["chat_template"]:
@@ -251,7 +251,7 @@ def train(
     trees, rows, intact = _rows(conversations, model, tokenizer, data_args, options, tell)
     compared, eval_rows = intact, None
     if data_args.eval_dataset_name:
-        eval_conversations = _load(data_args.eval_dataset_name, data_args.dataset_test_split, args.seed + 1)
+        eval_conversations = load_data(data_args.eval_dataset_name, data_args.dataset_test_split, args.seed + 1)
         _, eval_rows, compared = _rows(eval_conversations, model, tokenizer, data_args, options, tell)
 
     trainer = OnePassTrainer(
@@ -356,7 +356,8 @@ def load_config(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConf
     return demo.tiny_model(tokenizer).config if name == TINY_MODEL else AutoConfig.from_pretrained(name)
 
 
-def _load(name: str, split: str, seed: int) -> list[dict]:
+def load_data(name: str, split: str = "train", seed: int = 0) -> list[dict]:
+    """Conversations of a file or hub dataset (see `load_conversations`), or generated ones, of which the seed decides."""
     if name == GENERATED_DATA:
         return demo.conversations(512 if split == "train" else 64, seed=seed)
     return load_conversations(name, split)

@@ -261,3 +261,11 @@ def test_an_infinite_gradient_is_the_scalers_business_in_float16(tmp_path):
             continue
         with pytest.raises(FloatingPointError, match="grad_norm is inf at step 0"):
             StopOnNonFiniteLoss().on_log(args, state, control, logs={"loss": 1.0, "grad_norm": math.inf})
+
+
+def test_names_that_need_no_download_serve_every_command(tmp_path, capsys):
+    """The bug guarded: inspect and verify looked for the generated conversations on the hub."""
+    picture = tmp_path / "mask.png"
+    assert main(["inspect", "flexmask/generated", "--tokenizer", "flexmask/tiny-random", "--output", str(picture)]) == 0
+    assert picture.exists()
+    assert main(["verify", "flexmask/generated", *TINY, "--max_samples", "2"]) == 0

@@ -226,7 +226,7 @@ def _seconds(measured: dict) -> str:
 
 
 def _milliseconds(measured: dict) -> str:
-    return f"{measured['median'] * 1e3:.3g} ms"
+    return f"{measured['median'] * 1e3:,.0f} ms"
 
 
 if __name__ == "__main__":

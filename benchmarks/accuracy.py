@@ -17,9 +17,8 @@ from training import labelled
 from transformers import Trainer, set_seed
 
 from flexmask import OnePassCollator, Pass, TokenTree
-from flexmask.data import build_trees, load_conversations
-from flexmask.demo import conversations as generate_conversations
-from flexmask.train import GENERATED_DATA, ModelArguments, OnePassTrainer, OnePassTrainingArguments, load_model
+from flexmask.data import build_trees
+from flexmask.train import ModelArguments, OnePassTrainer, OnePassTrainingArguments, load_data, load_model
 
 
 def main() -> None:
@@ -29,10 +28,7 @@ def main() -> None:
 
 def fill(bench: Benchmark) -> None:
     settings = bench.settings
-    if settings.dataset == GENERATED_DATA:
-        conversations = generate_conversations(settings.held_out + settings.steps * settings.conversations)
-    else:
-        conversations = load_conversations(settings.dataset)
+    conversations = load_data(settings.dataset)
     held_out, conversations = conversations[: settings.held_out], conversations[settings.held_out :]
     _, tokenizer = load_model(ModelArguments(settings.model), conversations)
     trees = build_trees(conversations[: settings.steps * settings.conversations], tokenizer).trees

@@ -143,7 +143,7 @@ def compare(bench: Benchmark, name: str, make, tensors, ends, what: dict) -> Non
 
 def main() -> None:
     bench = Benchmark("attention", __doc__)
-    bench.run(lambda: fill(bench), lambda *axes: draw(bench.rows, *axes), width=12, panels=2)
+    bench.run(lambda: fill(bench), lambda *axes: draw(bench.measured, *axes), width=12, panels=2)
 
 
 def fill(bench: Benchmark) -> None:
@@ -173,7 +173,6 @@ def fill(bench: Benchmark) -> None:
 
 def draw(rows: list[dict], *axes) -> None:
     """Bars: forward and backward of every contender, at the largest length and first shape."""
-    rows = [row for row in rows if "error" not in row]
     length, same = max(row["length"] for row in rows), ("heads", "dtype")
     chosen = [r for r in rows if r["length"] == length and all(r[name] == rows[0][name] for name in same)]
     for axis, direction in zip(axes, ("forward", "backward")):

@@ -128,6 +128,11 @@ class Benchmark:
     def path(self) -> Path:
         return self.args.output_dir / f"{self.name}_{self.args.size}.json"
 
+    @property
+    def measured(self) -> list[dict]:
+        """The rows that are not errors."""
+        return [row for row in self.rows if "error" not in row]
+
     def add(self, **row) -> None:
         """A row, shown and written at once: a later one may fail or take too long."""
         self.rows.append(row)
@@ -170,7 +175,7 @@ class Benchmark:
             print(f"interrupted after {len(self.rows)} rows")
             self.more["interrupted"] = True
             self.save()
-        if any("error" not in row for row in self.rows):
+        if self.measured:
             self._plot(draw, width, panels)
         print("saved", self.path.name)
 

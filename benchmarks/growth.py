@@ -35,11 +35,10 @@ VALUES = {
 
 
 def draw(bench: Benchmark, *axes) -> None:
-    measured = [row for row in bench.rows if "error" not in row]
     exponents = bench.more["exponents"] = {}
     for axis, (name, value) in zip(axes, VALUES.items()):
-        for method in dict.fromkeys(row["method"] for row in measured):
-            rows = [row for row in measured if row["method"] == method and value(row) > 0]
+        for method in dict.fromkeys(row["method"] for row in bench.measured):
+            rows = [row for row in bench.measured if row["method"] == method and value(row) > 0]
             fitted = [row for row in rows if row["turns"] >= bench.settings.fit_from]
             label = method
             if len(fitted) > 1:

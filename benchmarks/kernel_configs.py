@@ -64,6 +64,10 @@ def compile_one(config: Config, settings, head_dim: int) -> None:
 def main() -> None:
     bench = Benchmark("kernel_configs", __doc__)
     bench.run(lambda: fill(bench), lambda *axes: draw(bench.rows, *axes), width=13, panels=3)
+    for head_dim, kernel in product(bench.settings.head_dims, KERNELS):
+        timed = [r for r in bench.rows if (r["head size"], r["kernel"]) == (head_dim, kernel) and "time" in r]
+        if timed:
+            print(table(sorted(timed, key=lambda r: r["time"]["median"])[:6]))
 
 
 def fill(bench: Benchmark) -> None:
@@ -114,8 +118,6 @@ def draw(rows: list[dict], *axes) -> None:
     for axis, kernel in zip(axes, KERNELS):
         timed = [r for r in rows if "time" in r and (r["head size"], r["kernel"]) == (rows[0]["head size"], kernel)]
         timed = sorted(timed, key=lambda r: r["time"]["median"])
-        if timed:
-            print(table(timed[:6]))
         timed = [r for i, r in enumerate(timed) if i < 10 or r["pinned"]][::-1]
         axis.barh(
             [r["m, n, warps, stages"] for r in timed],

@@ -11,10 +11,8 @@ import sys
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from common import DEVICE, Benchmark, Vocabulary, bars, in_own_process, measure, peak_memory
-from training import SHAPES
-from transformers import AutoModelForCausalLM
+from training import build
 
 import flexmask
 from flexmask import OnePassCollator, Pass, TokenTree, tree_loss
@@ -28,7 +26,7 @@ LOSSES = {
 
 def main() -> None:
     bench = Benchmark("loss_memory", __doc__)
-    bench.run(lambda: fill(bench), lambda *axes: draw(bench.rows, *axes), width=11, panels=2)
+    bench.run(lambda: fill(bench), lambda *axes: draw(bench.measured, *axes), width=11, panels=2)
 
 
 def fill(bench: Benchmark) -> None:
@@ -42,11 +40,7 @@ def fill(bench: Benchmark) -> None:
 def _measure(spec: dict) -> dict:
     if spec.get("chunk_logits"):
         flexmask.loss.CHUNK_LOGITS = spec["chunk_logits"]
-    config = SHAPES[spec["shape"]]()
-    config.num_hidden_layers, config.vocab_size = 1, spec["vocabulary"]
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="flexmask", dtype=dtype).to(DEVICE)
+    model = build(spec["shape"], 1, vocabulary=spec["vocabulary"])
     ids = np.random.default_rng(0).integers(0, spec["vocabulary"], spec["targets"] + 1)
     tree = TokenTree.from_passes([Pass(ids, np.arange(len(ids)) > 0)])
     batch = {name: x.to(DEVICE) for name, x in OnePassCollator(Vocabulary(spec["vocabulary"]))([tree]).items()}
@@ -69,7 +63,6 @@ def _measure(spec: dict) -> dict:
 
 
 def draw(rows: list[dict], memory, time) -> None:
-    rows = [row for row in rows if "error" not in row]
     for axis, value in ((memory, "peak MiB"), (time, "seconds")):
         bars(axis, [row | {"seconds": row["step"]["median"], "": ""} for row in rows], "", "loss", value)
         axis.set(ylabel=value)

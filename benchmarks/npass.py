@@ -6,42 +6,26 @@ Every row has the time beside the prediction, which is the ratio of counted FLOP
 python benchmarks/npass.py cpu
 """
 
-from common import Benchmark, bars
-from training import METHODS, run
+from common import Benchmark
+from training import METHODS, against_first, draw_speed_and_memory
+
+RATIO = "one-pass is faster by"
 
 
 def main() -> None:
     bench = Benchmark("npass", __doc__)
-    bench.run(lambda: fill(bench), lambda *axes: draw(bench.rows, *axes), width=13, panels=2)
+    bench.run(
+        lambda: against_first(bench, METHODS, ratios),
+        lambda *axes: draw_speed_and_memory(bench.measured, RATIO, "time over that of one-pass", *axes),
+        width=13,
+        panels=2,
+    )
 
 
-def fill(bench: Benchmark) -> None:
-    settings = vars(bench.settings)
-    for group, what in settings["groups"].items():
-        ours = None
-        for method in METHODS:
-
-            def against_ours() -> dict:
-                found = run({**settings, **what, "method": method})
-                ours_or_itself = ours or found
-                slower = found["step"]["median"] / ours_or_itself["step"]["median"]
-                more = found["TFLOP"] / ours_or_itself["TFLOP"]
-                return found | {"one-pass is faster by": slower, "predicted": more, "of prediction": slower / more}
-
-            found = bench.attempt(against_ours, group=group, method=method)
-            if method == "one-pass" and found is None:
-                break
-            ours = ours or found
-
-
-def draw(rows: list[dict], speed, memory) -> None:
-    """Time over that of one-pass, with the prediction as a mark; and peak memory."""
-    rows = [row for row in rows if "error" not in row]
-    bars(speed, rows, "group", "method", "one-pass is faster by", mark="predicted")
-    bars(memory, rows, "group", "method", "peak MiB")
-    speed.set(ylabel="time over that of one-pass (line: predicted)", title="training step")
-    memory.set(ylabel="MiB beyond the weights", title="peak memory")
-    speed.legend(fontsize=7)
+def ratios(ours: dict, found: dict) -> dict:
+    slower = found["step"]["median"] / ours["step"]["median"]
+    more = found["TFLOP"] / ours["TFLOP"]
+    return {RATIO: slower, "predicted": more, "of prediction": slower / more}
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from common import DEVICE, GIVE_BACK, Vocabulary, conversation, in_own_process, measure, peak_memory
+from common import DEVICE, GIVE_BACK, Benchmark, Vocabulary, bars, conversation, in_own_process, measure, peak_memory
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
@@ -39,12 +39,13 @@ SHAPES = {
 }  # fmt: skip
 
 
-def build(shape: str, layers: int | None = None, *, checkpointing: bool = False, seed: int = 0):
+def build(shape: str, layers: int | None = None, *, vocabulary: int | None = None, checkpointing: bool = False):
     """A model with random weights: float32 on a CPU, bfloat16 (gradients and optimiser too) on a GPU."""
     config = SHAPES[shape]()
     config.max_position_embeddings = 65536
     config.num_hidden_layers = layers or config.num_hidden_layers
-    torch.manual_seed(seed)
+    config.vocab_size = vocabulary or config.vocab_size
+    torch.manual_seed(0)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_config(config, attn_implementation="flexmask", dtype=dtype).to(DEVICE)
     if checkpointing:
@@ -162,6 +163,33 @@ def run(spec: dict) -> dict:
     return in_own_process(__file__, "memory", json.dumps(spec), **GIVE_BACK) | in_own_process(
         __file__, "time", json.dumps(spec)
     )
+
+
+def against_first(bench: Benchmark, methods: Iterable[str], ratios: Callable[[dict, dict], dict]) -> None:
+    """A row for every method of every group of the settings, with its `ratios(first, found)` to the group's first method. If
+    that fails, the group has no others."""
+    settings = vars(bench.settings)
+    for group, what in settings["groups"].items():
+        first = None
+        for method in methods:
+
+            def compared() -> dict:
+                found = run({**settings, **what, "method": method})
+                return found | ratios(first or found, found)
+
+            found = bench.attempt(compared, group=group, method=method)
+            first = first or found
+            if first is None:
+                break
+
+
+def draw_speed_and_memory(rows: list[dict], ratio: str, label: str, speed, memory) -> None:
+    """Bars of a ratio of times, with the prediction as a mark; and of peak memory."""
+    bars(speed, rows, "group", "method", ratio, mark="predicted")
+    bars(memory, rows, "group", "method", "peak MiB")
+    speed.set(ylabel=f"{label} (line: predicted)", title="training step")
+    memory.set(ylabel="MiB beyond the weights", title="peak memory")
+    speed.legend(fontsize=7)
 
 
 def _measure(spec: dict, what: str) -> dict:
@@ -289,7 +317,8 @@ def labelled(passes: Sequence[Pass]) -> dict[str, torch.Tensor]:
 
 def _prompt_and_completion(p: Pass) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.from_numpy(np.asarray(p.input_ids))
-    return ids.split([int(np.argmax(p.loss_mask)), len(ids) - int(np.argmax(p.loss_mask))])
+    at = int(np.argmax(p.loss_mask))
+    return ids[:at], ids[at:]
 
 
 def _aligned(passes: Sequence[Pass]) -> dict[str, torch.Tensor]:

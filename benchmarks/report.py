@@ -13,6 +13,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
+SHOWN = ("torch", "triton", "transformers")  # versions in a caption
+MISSING = "–"  # a row that failed, or that an interrupted run has not reached
 
 
 def render(page: str) -> str:
@@ -32,12 +34,6 @@ def _table(name: str, size: str) -> str:
     model += f", {settings['layers']} layers" if settings.get("layers") else ""
     about = [model, result["machine"], versions, result["date"], f"`{result['command']}`"]
     return f"{text}\n*{'; '.join(filter(None, about))}*\n"
-
-
-SHOWN = ("torch", "triton", "transformers")
-
-
-MISSING = "–"  # a row that failed, or that an interrupted run has not reached
 
 
 def npass(result: dict) -> list[list[str]]:
@@ -76,22 +72,19 @@ def headline(result: dict) -> list[list[str]]:
 
 def attention(result: dict) -> list[list[str]]:
     """Forward and backward, at every length."""
-    rows = _measured(result)
-    table = [["row", "tokens", "heads", "visible", "attention", "forward", "backward", "TFLOP/s, forward, backward"]]
-    for row in rows:
-        table.append(
-            [
-                row["conversation"],
-                f"{row['length']:,}",
-                row["heads"],
-                f"{row['visible']:.0%}",
-                row["attention"],
-                _milliseconds(row["forward"]),
-                _milliseconds(row["backward"]),
-                f"{row['forward TFLOP/s']:.3g}, {row['backward TFLOP/s']:.3g}",
-            ]
-        )
-    return table
+    return _columns(
+        _measured(result),
+        {
+            "row": lambda row: row["conversation"],
+            "tokens": lambda row: f"{row['length']:,}",
+            "heads": lambda row: row["heads"],
+            "visible": lambda row: f"{row['visible']:.0%}",
+            "attention": lambda row: row["attention"],
+            "forward": lambda row: _milliseconds(row["forward"]),
+            "backward": lambda row: _milliseconds(row["backward"]),
+            "TFLOP/s, forward, backward": lambda row: f"{row['forward TFLOP/s']:.3g}, {row['backward TFLOP/s']:.3g}",
+        },
+    )
 
 
 def growth(result: dict) -> list[list[str]]:
@@ -111,68 +104,60 @@ def growth(result: dict) -> list[list[str]]:
 
 
 def split(result: dict) -> list[list[str]]:
-    table = [["", "tokens run", "step", "time over K = 1", "peak memory", "over K = 1"]]
-    first = _measured(result)[0]
-    for row in _measured(result):
-        table.append(
-            [
-                f"K = {row['parts']}" if row["method"] == "one-pass" else row["method"],
-                f"{row['tokens run']:,}",
-                _seconds(row["step"]),
-                f"{row['step']['median'] / first['step']['median']:.2f}×",
-                f"{row['peak MiB']:,.0f} MiB",
-                f"{row['peak MiB'] / first['peak MiB']:.2f}×",
-            ]
-        )
-    return table
+    rows = _measured(result)
+    return _columns(
+        rows,
+        {
+            "": lambda row: f"K = {row['parts']}" if row["method"] == "one-pass" else row["method"],
+            "tokens run": lambda row: f"{row['tokens run']:,}",
+            "step": lambda row: _seconds(row["step"]),
+            "time over K = 1": lambda row: f"{row['step']['median'] / rows[0]['step']['median']:.2f}×",
+            "peak memory": lambda row: f"{row['peak MiB']:,.0f} MiB",
+            "over K = 1": lambda row: f"{row['peak MiB'] / rows[0]['peak MiB']:.2f}×",
+        },
+    )
 
 
 def groups(result: dict) -> list[list[str]]:
-    table = [["batch", "", "tokens run", "step", "faster by (predicted)", "peak memory"]]
-    for row in _measured(result):
-        table.append(
-            [
-                row["group"],
-                row["method"],
-                f"{row['tokens run']:,}",
-                _seconds(row["step"]),
-                f"{row['faster by']:.2f}× ({row['predicted']:.2f}×)",
-                f"{row['peak MiB']:,.0f} MiB",
-            ]
-        )
-    return table
+    return _columns(
+        _measured(result),
+        {
+            "batch": lambda row: row["group"],
+            "": lambda row: row["method"],
+            "tokens run": lambda row: f"{row['tokens run']:,}",
+            "step": lambda row: _seconds(row["step"]),
+            "faster by (predicted)": lambda row: f"{row['faster by']:.2f}× ({row['predicted']:.2f}×)",
+            "peak memory": lambda row: f"{row['peak MiB']:,.0f} MiB",
+        },
+    )
 
 
 def loss_memory(result: dict) -> list[list[str]]:
-    table = [["loss", "forward and backward", "peak memory", "of it the gradient of the output layer", "value"]]
-    for row in _measured(result):
-        table.append(
-            [
-                row["loss"],
-                _seconds(row["step"]),
-                f"{row['peak MiB']:,.0f} MiB",
-                f"{row['gradient, MiB']:,.0f} MiB",
-                f"{row['value']:.6f}",
-            ]
-        )
-    return table
+    return _columns(
+        _measured(result),
+        {
+            "loss": lambda row: row["loss"],
+            "forward and backward": lambda row: _seconds(row["step"]),
+            "peak memory": lambda row: f"{row['peak MiB']:,.0f} MiB",
+            "of it the gradient of the output layer": lambda row: f"{row['gradient, MiB']:,.0f} MiB",
+            "value": lambda row: f"{row['value']:.6f}",
+        },
+    )
 
 
 def preprocessing(result: dict) -> list[list[str]]:
-    table = [["conversations", "stage", "time", "share", "tokens/s", "tokens N-pass / tree", "padding of rows"]]
-    for row in result["rows"]:
-        table.append(
-            [
-                f"{row['conversations']:,}, {row['dataset']}",
-                row["stage"],
-                _seconds(row["seconds"]),
-                f"{row['share']:.1%}",
-                f"{row['tokens/s']:,}",
-                f"{row['tokens N-pass / tree']:.2f}",
-                f"{row['padding of rows']:.1%}",
-            ]
-        )
-    return table
+    return _columns(
+        result["rows"],
+        {
+            "conversations": lambda row: f"{row['conversations']:,}, {row['dataset']}",
+            "stage": lambda row: row["stage"],
+            "time": lambda row: _seconds(row["seconds"]),
+            "share": lambda row: f"{row['share']:.1%}",
+            "tokens/s": lambda row: f"{row['tokens/s']:,}",
+            "tokens N-pass / tree": lambda row: f"{row['tokens N-pass / tree']:.2f}",
+            "padding of rows": lambda row: f"{row['padding of rows']:.1%}",
+        },
+    )
 
 
 def accuracy(result: dict) -> list[list[str]]:
@@ -211,6 +196,11 @@ MARKED = re.compile(rf"(<!-- table: ({'|'.join(TABLES)})_(\w+) -->\n).*?(<!-- en
 
 def _measured(result: dict) -> list[dict]:
     return [row for row in result["rows"] if "error" not in row]
+
+
+def _columns(rows: list[dict], columns: dict[str, Callable[[dict], str]]) -> list[list[str]]:
+    """The heads, and a line for each row."""
+    return [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
 
 
 def _by(rows: list[dict], outer: str, inner: str) -> dict:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import traceback
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -104,6 +106,17 @@ def set_backend(backend: str) -> None:
     global _override
     _check_backend(backend)
     _override = backend
+
+
+@contextlib.contextmanager
+def using_backend(backend: str) -> Iterator[None]:
+    """`set_backend` within a block; afterwards as before."""
+    before = _override
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        set_backend(before)
 
 
 set_backend(os.environ.get("FLEXMASK_BACKEND", "auto"))

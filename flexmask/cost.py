@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from .attention import using_backend
 from .integrations.transformers import NAME
 from .loss import chunk_size
 from .mask import BLOCK_SIZE, count_tiles
@@ -159,7 +160,7 @@ class _Model:
 def _model(config_class: type[PreTrainedConfig], config: str) -> _Model:
     """Run the model once on fake tensors, which have shapes only, and record what it does."""
     config = config_class(**json.loads(config))
-    with FakeTensorMode():
+    with FakeTensorMode(), using_backend("blockwise"):  # whose operator is recorded
         model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.bfloat16).train()
         tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
         inputs = {"input_ids": tokens, "position_ids": tokens, "subtree_end": tokens.to(torch.int32)}
@@ -188,7 +189,7 @@ def _model(config_class: type[PreTrainedConfig], config: str) -> _Model:
 
 
 class _AttentionCalls(TorchDispatchMode):
-    """Records the calls of tree attention, which on fake tensors are those of the `blockwise` operator."""
+    """Records the calls of tree attention, by the `blockwise` operator."""
 
     def __init__(self):
         super().__init__()

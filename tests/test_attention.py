@@ -57,7 +57,8 @@ def test_blockwise_is_dense_attention(seed, length, batch, kv_heads, value_dim, 
     q, k, v, s, ends, positions, visible = problem(seed, length, batch=batch, kv_heads=kv_heads, value_dim=value_dim)
     options = {"scale": scale, "softcap": softcap, "sinks": s if sinks else None}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "QUERY_BLOCK", 16)  # several blocks, and short last ones
+        patch.setattr(blockwise, "QUERY_BLOCK", 16)  # several blocks and chunks, and short last ones
+        patch.setattr(blockwise, "KEY_CHUNK", 24)
         found = tree_attention(q, k, v, ends, sliding_window=window, position_ids=positions, **options)
         inputs = [q, k, v, s] if sinks else [q, k, v]
         found_gradients = gradients(found, inputs)
@@ -80,6 +81,23 @@ def test_blockwise_error_is_at_most_twice_that_of_sdpa_in_the_same_dtype(dtype):
     pairs += zip(gradients(found, inputs), gradients(sdpa, inputs), gradients(exact, golden), strict=True)
     for ours, theirs, truth in pairs:
         assert (ours.double() - truth).norm() <= 2 * (theirs.double() - truth).norm()
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_autocast_rounds_the_inputs_and_nothing_else(sinks):
+    """Over several chunks of keys, forward and backward, in bits: as with inputs in bfloat16 and no autocast."""
+    q, k, v, s, ends, *_ = problem(0, 2300, dtype=torch.float32)
+    ends = torch.full_like(ends, 2300)
+    inputs = [q, k, v, s][: 4 if sinks else 3]
+
+    def run(autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            tensors = inputs if autocast else [x.bfloat16() for x in inputs[:3]] + inputs[3:]
+            out = tree_attention(*tensors[:3], ends, sinks=s if sinks else None)
+            return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_gradcheck():
@@ -157,16 +175,23 @@ def test_memory_grows_linearly_with_the_length():
         assert 4 * one_tensor < peak < 12 * one_tensor + 16 * 2**20, f"{peak / 2**20:.0f} MiB at L = {length}"
 
 
-def test_only_visible_keys_are_touched():
+def test_only_visible_keys_are_touched(monkeypatch):
     """Many conversations in a row: the keys read per query block are its ancestors and itself, exactly."""
+    monkeypatch.setattr(blockwise, "QUERY_BLOCK", 64)
+    monkeypatch.setattr(blockwise, "KEY_CHUNK", 100)
     ends, _, visible = forest(random_parents(np.random.default_rng(0), 700, num_roots=6))
     read = 0
     for tile in blockwise._tiles(ends, None, None):
         needed = np.flatnonzero(visible[tile.start : tile.stop].any(0))
-        keys = np.concatenate([np.arange(a, b) for a, b in tile.ranges])
-        assert needed.tolist() == keys.tolist(), "every key that someone sees, and no other"
+        keys = []
+        for chunk in reversed(tile.chunks):
+            of_chunk = np.concatenate([np.arange(a, b) for a, b in chunk.ranges])
+            assert len(of_chunk) <= 100
+            assert visible[tile.start : tile.stop][:, of_chunk[: chunk.masked_from]].all()
+            keys += of_chunk.tolist()
+        assert needed.tolist() == keys, "every key that someone sees, and no other"
+        assert set(range(tile.start, tile.stop)) <= set(of_chunk.tolist()), "the first chunk holds the queries' places"
         read += len(keys)
-        assert visible[tile.start : tile.stop][:, keys[: tile.masked_from]].all()
     assert read > 0
 
 

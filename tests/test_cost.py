@@ -8,6 +8,7 @@ from models import COMMON, FAMILIES, tiny
 from reference import conversation_passes
 from torch.utils.flop_counter import FlopCounterMode
 
+import flexmask
 from flexmask import Pass, TokenTree, cost
 from flexmask.collator import to_inputs
 from flexmask.mask import block_lists, count_tiles
@@ -91,6 +92,19 @@ def test_tiles_are_those_of_the_lists():
     ends = torch.from_numpy(tree.subtree_end)[None]
     lists = block_lists(ends)
     assert count_tiles(ends) == (int(lists.full_kv_num.sum()), int(lists.kv_num.sum()))
+
+
+def test_the_chosen_backend_does_not_matter():
+    """Which would have to run on tensors that have no values."""
+    config = config_of("Llama", intermediate_size=49)  # of no other test: the count of a configuration is kept
+    before = flexmask.attention._override
+    flexmask.set_backend("triton")
+    try:
+        found = cost(tree_of(), config)
+        assert flexmask.attention._override == "triton"
+    finally:
+        flexmask.set_backend(before)
+    assert found.one_pass.attention_flops == cost(tree_of(), config_of("Llama")).one_pass.attention_flops > 0
 
 
 def test_activations_are_what_autograd_keeps():

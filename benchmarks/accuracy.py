@@ -13,7 +13,7 @@ from itertools import zip_longest
 import numpy as np
 import torch
 from common import DEVICE, Benchmark
-from training import labelled
+from methods import labelled
 from transformers import Trainer, set_seed
 
 from flexmask import OnePassCollator, Pass, TokenTree

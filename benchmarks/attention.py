@@ -8,7 +8,7 @@ python benchmarks/attention.py cpu
 
 import numpy as np
 import torch
-from common import CONVERSATIONS, DEVICE, Benchmark, bars, conversation, elapsed, measure, peak_memory
+from common import CONVERSATIONS, DEVICE, Benchmark, bars, conversation, elapsed, measure, peak_memory, repeat_heads
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -63,13 +63,13 @@ class Flex:
 
 
 class Dense:
-    """SDPA with the dense mask, keys and values repeated as transformers does where there is a mask."""
+    """SDPA with the dense mask, keys and values repeated."""
 
     def mask(self, ends):
         return dense_mask(ends)
 
     def attend(self, q, k, v, ends, mask):
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        k, v = repeat_heads(q, k, v)
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -9,7 +9,7 @@ import gc
 import json
 import os
 import platform
-import resource
+import signal
 import subprocess
 import sys
 import time
@@ -55,10 +55,25 @@ def measure(function: Callable, repeats: int, warmup: int = 1) -> dict[str, floa
     """Seconds per call: median, fastest and slowest of `repeats`, after `warmup` calls that do not count."""
     for _ in range(warmup):
         function()
-    seconds = []
-    for _ in range(repeats):
-        seconds.append(elapsed(function))
-    return {"median": float(np.median(seconds)), "min": min(seconds), "max": max(seconds), "repeats": repeats}
+    return spread([elapsed(function) for _ in range(repeats)])
+
+
+def spread(values: list[float]) -> dict:
+    """Of repeated measurements: median, least, greatest, and each."""
+    return {"median": float(np.median(values)), "min": min(values), "max": max(values), "each": values}
+
+
+def ratio(of: dict, to: dict) -> dict:
+    """The spread of the ratio of two spreads, whose values were measured in turns."""
+    return spread([a / b for a, b in zip(of["each"], to["each"], strict=True)])
+
+
+def attempt(function: Callable[[], dict]) -> dict:
+    """What a function finds, or {"error": what it failed with}."""
+    try:
+        return function()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error)[-300:]}"}
 
 
 def elapsed(function: Callable) -> float:
@@ -71,8 +86,8 @@ def elapsed(function: Callable) -> float:
 
 
 def peak_memory(function: Callable) -> int:
-    """Bytes that a call needs at its peak beyond what there was: of the GPU, or of the process, which knows only its own
-    highest ever (so call this before anything larger, and in a process of its own where that matters)."""
+    """Bytes that a call needs at its peak beyond what there was: of the GPU, or resident in the process (which on a CPU has to
+    be one of its own: what others freed there would be used again, and not count)."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -81,14 +96,16 @@ def peak_memory(function: Callable) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; resource's ru_maxrss even outlives exec
+    before = _status("VmRSS")
     function()
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return _status("VmHWM") - before
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _status(name: str) -> int:
+    """Bytes, as Linux reports them."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def _synchronize() -> None:
@@ -121,6 +138,7 @@ class Benchmark:
         self.settings = argparse.Namespace(**sizes[self.args.size] or {})
         self.rows: list[dict] = []
         self.more: dict = {}
+        self.finished = False
         self.commit = _commit()
         self.start = time.perf_counter()
 
@@ -139,16 +157,6 @@ class Benchmark:
         print("  ".join(f"{key}: {_text(value)}" for key, value in row.items()), flush=True)
         self.save()
 
-    def attempt(self, function: Callable[[], dict], **what) -> dict | None:
-        """A row of what a function finds; if it fails, of the error, and None is returned."""
-        try:
-            found = function()
-        except Exception as error:
-            self.add(**what, error=f"{type(error).__name__}: {str(error)[-300:]}")
-            return None
-        self.add(**what, **found)
-        return found
-
     def save(self) -> None:
         """Write rows and where they come from: machine, versions, commit, command, settings."""
         result = {
@@ -159,6 +167,7 @@ class Benchmark:
             "versions": versions(),
             "settings": vars(self.settings),
             "seconds": round(time.perf_counter() - self.start),
+            "finished": self.finished,
             **self.more,
             "rows": self.rows,
         }
@@ -167,14 +176,14 @@ class Benchmark:
 
     def run(self, fill: Callable[[], None], draw: Callable, *, width: float = 7, panels: int = 1) -> None:
         """`fill()` adds the rows, and `draw(*axes)` puts them on a picture beside the result. Interrupted by Ctrl-C or
-        `timeout -s INT`, both hold what there is, and the result says so."""
+        `timeout -s INT`, both hold what there is, and the result is not `finished`."""
         print(machine(), flush=True)
         try:
             fill()
+            self.finished = True
         except KeyboardInterrupt:
             print(f"interrupted after {len(self.rows)} rows")
-            self.more["interrupted"] = True
-            self.save()
+        self.save()
         if self.measured:
             self._plot(draw, width, panels)
         print("saved", self.path.name)
@@ -189,16 +198,21 @@ class Benchmark:
 
 
 def bars(axis, rows: list[dict], group: str, kind: str, value: str, mark: str | None = None) -> None:
-    """Bars side by side: one group for each value of rows' `group`, in it one bar for each `kind`, as high as `value`, with
-    a line at `mark`."""
+    """Bars side by side: one group for each value of rows' `group`, in it one bar for each `kind`, as high as `value` (or its
+    median), with a line at `mark`."""
     groups, kinds = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, kind))
     for i, name in enumerate(kinds):
         of_kind = [row for row in rows if row[kind] == name]
         at = [groups.index(row[group]) + (i - len(kinds) / 2 + 0.5) * 0.8 / len(kinds) for row in of_kind]
-        axis.bar(at, [row[value] for row in of_kind], 0.8 / len(kinds), label=name)
+        axis.bar(at, [_number(row[value]) for row in of_kind], 0.8 / len(kinds), label=name)
         if mark:
             axis.plot(at, [row[mark] for row in of_kind], "k_", markersize=12)
     axis.set_xticks(range(len(groups)), groups, fontsize=7)
+
+
+def repeat_heads(query: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values (batch, kv_heads, L, D) once for every query head, as transformers does where there is a mask."""
+    return [x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in tensors]
 
 
 def machine() -> str:
@@ -207,7 +221,8 @@ def machine() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{cpu}, {torch.get_num_threads()} threads"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return f"{cpu}, {torch.get_num_threads()} threads, {memory:.0f} GiB"
 
 
 def versions() -> dict[str, str]:
@@ -223,14 +238,16 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Of the code that runs; `-dirty` if other code than that, results and pages aside."""
+    """Of the code that runs; `-dirty` if other code than that, results and pages aside. Without git, what COMMIT says."""
     code = ["--", ":/", ":(top,exclude)*.md", ":(top,exclude)benchmarks/results"]
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
         changed = subprocess.run(["git", "diff", "--quiet", "HEAD", *code], capture_output=True, cwd=HERE)
     except FileNotFoundError:
-        return "unknown"
-    return (commit.stdout.strip() or "unknown") + "-dirty" * (changed.returncode == 1)
+        return os.environ.get("COMMIT", "unknown")
+    if commit.returncode:
+        return os.environ.get("COMMIT", "unknown")
+    return commit.stdout.strip() + "-dirty" * (changed.returncode == 1)
 
 
 def _environment() -> list[str]:
@@ -257,9 +274,13 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _number(value: dict | float) -> float:
+    return value["median"] if isinstance(value, dict) else value
+
+
 def _text(value) -> str:
     if isinstance(value, dict):
-        return f"{value['median']:.4g} s"
+        return f"{value['median']:.3g} ({value['min']:.3g} to {value['max']:.3g})"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -275,10 +296,17 @@ class Vocabulary:
         return self.size
 
 
-def in_own_process(script: str, *arguments: str, **environment: str) -> dict:
-    """Run a script with arguments, and read the JSON object of its last line: for peak memory on a CPU."""
+def in_own_process(script: str, *arguments: str, **environment: str) -> dict | list:
+    """Run a script with arguments, and read the JSON of its last line.
+
+    Raises:
+        MemoryError: the system killed it, as it does where memory runs out.
+        RuntimeError: it failed.
+    """
     command = [sys.executable, str(HERE / script), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    if run.returncode == -signal.SIGKILL:
+        raise MemoryError(f"{script} was killed")
     if run.returncode:
         raise RuntimeError(run.stderr[-2000:])
     return json.loads(run.stdout.splitlines()[-1])

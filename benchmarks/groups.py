@@ -4,8 +4,9 @@ GRPO makes it, the same with `flexmask.share_prefixes`, and trees. The loss is t
 python benchmarks/groups.py cpu
 """
 
-from common import Benchmark
-from training import GROUP_METHODS, against_first, draw_speed_and_memory
+from common import Benchmark, ratio
+from methods import GROUP_METHODS
+from training import against_first, draw_speed_and_memory
 
 
 def main() -> None:
@@ -19,10 +20,8 @@ def main() -> None:
 
 
 def ratios(usual: dict, found: dict) -> dict:
-    return {
-        "faster by": usual["step"]["median"] / found["step"]["median"],
-        "predicted": usual["TFLOP"] / found["TFLOP"],
-    }
+    faster, less = ratio(usual["step"], found["step"]), usual["TFLOP"] / found["TFLOP"]
+    return {"faster by": faster, "predicted": less, "of prediction": faster["median"] / less}
 
 
 if __name__ == "__main__":

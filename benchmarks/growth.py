@@ -7,7 +7,7 @@ python benchmarks/growth.py cpu
 
 import numpy as np
 from common import Benchmark
-from training import run
+from training import measure_steps
 
 
 def main() -> None:
@@ -18,9 +18,10 @@ def main() -> None:
 def fill(bench: Benchmark) -> None:
     settings = vars(bench.settings)
     for turns in settings["turns"]:
-        for method in settings["methods"]:
-            spec = {**settings, "conversations": 1, "turns": [turns, turns], "fixed": True, "method": method}
-            bench.attempt(lambda: run(spec), turns=turns, method=method)
+        spec = {**settings, "conversations": 1, "turns": [turns, turns], "fixed": True}
+        specs = [{**spec, "method": method} for method in settings["methods"]]
+        for method, found in zip(settings["methods"], measure_steps(specs)):
+            bench.add(turns=turns, method=method, **found)
 
 
 def exponent(rows: list[dict], value) -> float:

@@ -11,7 +11,7 @@ import sys
 from unittest.mock import patch
 
 import numpy as np
-from common import DEVICE, Benchmark, Vocabulary, bars, in_own_process, measure, peak_memory
+from common import DEVICE, Benchmark, Vocabulary, attempt, bars, in_own_process, measure, peak_memory
 from training import build
 
 import flexmask
@@ -32,9 +32,10 @@ def main() -> None:
 def fill(bench: Benchmark) -> None:
     for name in LOSSES:
         spec = {**vars(bench.settings), "loss": name}
-        bench.attempt(
-            lambda: _measure(spec) if DEVICE == "cuda" else in_own_process(__file__, json.dumps(spec)), loss=name
+        found = attempt(
+            lambda spec=spec: _measure(spec) if DEVICE == "cuda" else in_own_process(__file__, json.dumps(spec))
         )
+        bench.add(loss=name, **found)
 
 
 def _measure(spec: dict) -> dict:

@@ -38,35 +38,37 @@ def _table(name: str, size: str) -> str:
 
 def npass(result: dict) -> list[list[str]]:
     """Seconds of one-pass; times that of the others."""
-    groups = _by(result["rows"], "group", "method")
-    methods = list(next(iter(groups.values())))
-    table = [["conversations", *(f"{method}: step, memory" for method in methods)]]
-    for group, of in groups.items():
-        cells = []
-        for method in methods:
-            row = of.get(method, {"error": MISSING})
-            if "error" in row:
-                cells.append(row["error"].split(":")[0])
-                continue
-            ratio = f", {row['one-pass is faster by']:.2f}× ({row['predicted']:.2f}×)" * (method != "one-pass")
-            cells.append(f"{_seconds(row['step'])}{ratio}, {row['peak MiB']:,.0f} MiB")
-        table.append([group, *cells])
-    return table
+    return _columns(
+        _measured(result),
+        {
+            "conversations": lambda row: row["group"],
+            "method": lambda row: row["method"],
+            "tokens run": lambda row: f"{row['tokens run']:,}",
+            "step": lambda row: _seconds(row["step"]),
+            "times one-pass": lambda row: _times(row["one-pass is faster by"]),
+            "predicted": lambda row: f"{row['predicted']:.2f}×",
+            "of prediction": lambda row: f"{row['of prediction']:.2f}",
+            "peak memory": lambda row: f"{row['peak MiB']:,.0f} MiB",
+        },
+    )
 
 
 def headline(result: dict) -> list[list[str]]:
-    """One-pass against N-pass as it is usual, and against the fastest N-pass of the group."""
-    usual = "N-pass, sequences"
-    table = [["conversations", "tokens", "one sequence at a time", "the fastest N-pass", "one-pass", "faster by"]]
-    for group, of in _by(result["rows"], "group", "method").items():
-        of = {method: row for method, row in of.items() if "error" not in row}
+    """One-pass against N-pass as it is usual, and against the N-pass that it is least faster than."""
+    usual, ratio = "N-pass, sequences", "one-pass is faster by"
+    table = [
+        ["conversations", "tokens", "one sequence at a time", "the best N-pass", "one-pass", "faster by", "predicted"]
+    ]
+    for group, of in _by(_measured(result), "group", "method").items():
         if "one-pass" not in of or usual not in of:
             continue
-        fastest = min((m for m in of if m.startswith("N-pass")), key=lambda m: of[m]["step"]["median"])
-        times = [f"{of[method]['step']['median']:.1f} s" for method in (usual, fastest, "one-pass")]
-        times[1] += f" ({fastest.removeprefix('N-pass, ')})"
-        faster = [f"{of[method]['one-pass is faster by']:.2f}×" for method in (usual, fastest)]
-        table.append([group, f"{of[usual]['tokens']:,} → {of['one-pass']['tokens run']:,}", *times, ", ".join(faster)])
+        best = min((method for method in of if method.startswith("N-pass")), key=lambda m: of[m][ratio]["median"])
+        times = [f"{of[method]['step']['median']:.1f} s" for method in (usual, best, "one-pass")]
+        times[1] += f" ({best.removeprefix('N-pass, ')})"
+        faster = ", ".join(_times(of[method][ratio]) for method in (usual, best))
+        predicted = ", ".join(f"{of[method]['predicted']:.2f}×" for method in (usual, best))
+        tokens = f"{of[usual]['tokens']:,} → {of['one-pass']['tokens run']:,}"
+        table.append([group, tokens, *times, faster, predicted])
     return table
 
 
@@ -126,7 +128,8 @@ def groups(result: dict) -> list[list[str]]:
             "": lambda row: row["method"],
             "tokens run": lambda row: f"{row['tokens run']:,}",
             "step": lambda row: _seconds(row["step"]),
-            "faster by (predicted)": lambda row: f"{row['faster by']:.2f}× ({row['predicted']:.2f}×)",
+            "faster by": lambda row: _times(row["faster by"]),
+            "predicted": lambda row: f"{row['predicted']:.2f}×",
             "peak memory": lambda row: f"{row['peak MiB']:,.0f} MiB",
         },
     )
@@ -211,8 +214,16 @@ def _by(rows: list[dict], outer: str, inner: str) -> dict:
 
 
 def _seconds(measured: dict) -> str:
-    spread = f" ({measured['min']:.3g} to {measured['max']:.3g})" if measured["repeats"] > 1 else ""
-    return f"{measured['median']:.3g} s{spread}"
+    return f"{measured['median']:.3g} s" + _from_to(measured, ".3g")
+
+
+def _times(ratio: dict) -> str:
+    return f"{ratio['median']:.2f}×" + _from_to(ratio, ".2f")
+
+
+def _from_to(measured: dict, form: str) -> str:
+    least, greatest = (format(measured[which], form) for which in ("min", "max"))
+    return f" ({least} to {greatest})" if least != greatest else ""
 
 
 def _milliseconds(measured: dict) -> str:

@@ -7,7 +7,7 @@ python benchmarks/split.py cpu
 """
 
 from common import Benchmark
-from training import run
+from training import measure_steps
 
 SEQUENCES = "N-pass, sequences, logits at targets"
 
@@ -20,9 +20,11 @@ def main() -> None:
 def fill(bench: Benchmark) -> None:
     settings = vars(bench.settings)
     spec = {**settings, "conversations": 1, "turns": [settings["turns"]] * 2}
-    for parts in settings["parts"]:
-        bench.attempt(lambda: run({**spec, "parts": parts}), parts=parts, method="one-pass")
-    bench.attempt(lambda: run({**spec, "parts": None, "method": SEQUENCES}), parts=settings["turns"], method=SEQUENCES)
+    rows = [{"parts": parts, "method": "one-pass"} for parts in settings["parts"]]
+    specs = [{**spec, **row} for row in rows] + [{**spec, "parts": None, "method": SEQUENCES}]
+    rows.append({"parts": settings["turns"], "method": SEQUENCES})
+    for row, found in zip(rows, measure_steps(specs)):
+        bench.add(**row, **found)
 
 
 def draw(rows: list[dict], over_parts, trade) -> None:

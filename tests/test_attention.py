@@ -1,15 +1,14 @@
-import ctypes
 import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import needs_linux, peak_bytes
 from reference import conversation_passes, dense_attention, forest, random_parents
 
 import flexmask.attention
@@ -137,27 +136,12 @@ def test_padding_sees_itself_only():
     assert all(g.isfinite().all() for g in gradients(out, (q, k, v)))
 
 
-def peak_bytes(function) -> int:
-    """Growth of the resident set while `function` runs, from the kernel's own high-water mark."""
-
-    def status(name):
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
-        return int(line.split()[1]) * 1024
-
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed would be used again, and not count
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    function()
-    return status("VmHWM") - before
-
-
+@needs_linux
 def test_memory_grows_linearly_with_the_length():
     """Measured at two lengths: inputs, outputs, gradients and one tile's work, nothing that grows with L².
 
     One bit per pair would already be 512 MiB at the larger length, where one tensor has 16 MiB.
     """
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("measuring peak memory needs Linux's /proc/self/clear_refs")
 
     def forward_and_backward(length):
         tree = TokenTree.concat(

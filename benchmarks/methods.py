@@ -1,0 +1,269 @@
+"""What a training step does with the same conversations: one-pass, and what a user would do instead. Batches, the
+attention that they need, and the FLOPs they take.
+
+Each method is a function (conversations, vocabulary, max_tokens of a row or batch) -> `Work`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from common import DEVICE, Vocabulary, repeat_heads
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+
+from flexmask import OnePassCollator, Pass, TokenTree, cost, pack, split
+from flexmask.mask import BLOCK_SIZE, count_tiles
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step's batches (keywords of the model), their attention implementation, and what is counted for them."""
+
+    attention: str
+    batches: list[dict]
+    flops: Callable[[PreTrainedConfig], float]
+
+
+def one_pass(conversations: Sequence[Sequence[Pass]], vocab: int, max_tokens: int) -> Work:
+    """Trees packed into rows."""
+    rows = pack([TokenTree.from_passes(passes) for passes in conversations], max_tokens)
+    return Work("flexmask", _batches(rows, vocab), _counted(rows))
+
+
+def in_parts(conversations: Sequence[Sequence[Pass]], vocab: int, parts: int) -> Work:
+    """One-pass with every conversation split into so many parts, each a batch of its own."""
+    trees = []
+    for passes in conversations:
+        tree = TokenTree.from_passes(passes)
+        low, high = tree.max_length, len(tree)
+        while low < high:  # the fewest tokens that do with so many parts
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(split(tree, middle)) <= parts else (middle + 1, high)
+        trees += split(tree, low)
+    return Work("flexmask", _batches(trees, vocab), _counted(trees))
+
+
+def sequences(conversations, vocab, max_tokens):
+    """N-pass, one sequence at a time, labels of -100 where nothing is trained: what most scripts do."""
+    passes = flat(conversations)
+    return Work("sdpa", [labelled([p]) for p in passes], _counted(_alone(passes), all_logits=True))
+
+
+def sequences_targets(conversations, vocab, max_tokens):
+    """The same, with logits where there is a target, all of them at once, as the library's loss has them."""
+    passes = flat(conversations)
+    return Work("sdpa", [_targets_only(p) for p in passes], _counted(_alone(passes), keeps_logits=True))
+
+
+def padded(conversations, vocab, max_tokens):
+    """N-pass, batches of passes of like lengths, padded on the right, of at most max_tokens."""
+    batches, batch = [], []
+    for p in sorted(flat(conversations), key=lambda p: len(p.input_ids)):
+        if batch and (len(batch) + 1) * len(p.input_ids) > max_tokens:
+            batches.append(batch)
+            batch = []
+        batch.append(p)
+    batches.append(batch)
+    longest = [batch[-1] for batch in batches for _ in batch]
+    return Work("sdpa", [labelled(batch) for batch in batches], _counted(_alone(longest), all_logits=True, dense=True))
+
+
+def packed(conversations, vocab, max_tokens):
+    """N-pass, passes packed into rows in which no pass sees another; causal SDPA on each pass by itself, so that nothing is
+    computed between passes (on a GPU in place of variable-length FlashAttention), and logits at targets."""
+    trees = _alone(flat(conversations))
+    batches = [_one_after_the_other(row.passes()) for row in pack(trees, max_tokens)]
+    return Work("sdpa-by-pass", batches, _counted(trees, keeps_logits=True))
+
+
+def interleaved(conversations, vocab, max_tokens):
+    """The published one-pass method: turn by turn in one sequence, with a dense mask handed to SDPA. (Targets are those of
+    the tree; the published label shift gets one of each turn wrong.)"""
+    trees = [TokenTree.from_passes(passes) for passes in conversations]
+    return Work("dense-mask", [_turn_by_turn(tree) for tree in trees], _counted(trees, keeps_logits=True, dense=True))
+
+
+def aligned(conversations, vocab, max_tokens):
+    """One padded batch: prompts padded on the left, completions on the right, logits at completions, as TRL's GRPO has it."""
+    passes = flat(conversations)
+    longest = [_longest(passes)] * len(passes)
+    return Work("sdpa", [_aligned(passes)], _counted(_alone(longest), keeps_logits=True, dense=True))
+
+
+def shared(conversations, vocab, max_tokens):
+    """The same batch, and `flexmask.share_prefixes`."""
+    passes = flat(conversations)
+    logits = len(passes) * int(np.sum(_longest(passes).loss_mask))
+    return Work(
+        "flexmask", [_aligned(passes)], _counted([TokenTree.from_passes(passes)], keeps_logits=True, logits=logits)
+    )
+
+
+def _longest(passes: Sequence[Pass]) -> Pass:
+    """A pass of the longest prompt and the longest completion."""
+    prompt, completion = (max(map(len, parts)) for parts in zip(*map(_prompt_and_completion, passes)))
+    return Pass(np.arange(prompt + completion), np.arange(prompt + completion) >= prompt)
+
+
+METHODS: dict[str, Callable[..., Work]] = {
+    "one-pass": one_pass,
+    "N-pass, sequences": sequences,
+    "N-pass, sequences, logits at targets": sequences_targets,
+    "N-pass, padded batches": padded,
+    "N-pass, packed": packed,
+    "published one-pass": interleaved,
+}
+GROUP_METHODS = {"padded batch": aligned, "padded batch, share_prefixes": shared, "trees": one_pass}
+
+
+def _counted(trees: Sequence[TokenTree], **how) -> Callable:
+    """FLOPs of a step on all of them, by the model's configuration."""
+    return lambda config: sum(_flops(tree, config, **how) for tree in trees)
+
+
+def _flops(
+    tree: TokenTree,
+    config,
+    *,
+    all_logits: bool = False,
+    keeps_logits: bool = False,
+    dense: bool = False,
+    logits: int | None = None,
+) -> float:
+    """As `flexmask.cost` counts them for the tree, but for what a method does otherwise.
+
+    Args:
+        all_logits: logits of every token.
+        keeps_logits: the library's loss, which never computes logits twice.
+        dense: no tile is skipped.
+        logits: how many places have logits, if not the targets.
+    """
+    found = cost(tree, config)
+    counted = found.n_pass_all_logits if all_logits else found.one_pass
+    attention, loss = found.one_pass.attention_flops, counted.loss_flops
+    if keeps_logits:
+        loss = 6 * config.hidden_size * config.vocab_size * (counted.logits if logits is None else logits)
+    if dense:
+        blocks = -(-len(tree) // BLOCK_SIZE)
+        attention *= blocks**2 / sum(count_tiles(torch.from_numpy(tree.subtree_end)[None]))
+    return found.one_pass.linear_flops + attention + loss
+
+
+def _alone(passes: Sequence[Pass]) -> list[TokenTree]:
+    return [TokenTree.from_passes([p]) for p in passes]
+
+
+def labelled(passes: Sequence[Pass]) -> dict[str, torch.Tensor]:
+    """Passes as a right-padded batch with labels."""
+    length = max(len(p.input_ids) for p in passes)
+    ids, mask, labels = (torch.full((len(passes), length), fill) for fill in (0, 0, -100))
+    for row, p in enumerate(passes):
+        tokens, trained = torch.from_numpy(np.asarray(p.input_ids)), torch.from_numpy(np.asarray(p.loss_mask))
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        labels[row, : len(tokens)] = tokens.masked_fill(~trained, -100)
+    return {"input_ids": ids, "labels": labels} | ({"attention_mask": mask} if len(passes) > 1 else {})
+
+
+def _prompt_and_completion(p: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.from_numpy(np.asarray(p.input_ids))
+    at = int(np.argmax(p.loss_mask))
+    return ids[:at], ids[at:]
+
+
+def _aligned(passes: Sequence[Pass]) -> dict[str, torch.Tensor]:
+    """All completions begin at the same place; logits where a token of them, or their padding, is predicted."""
+    prompts, completions = zip(*map(_prompt_and_completion, passes))
+    at, length = max(map(len, prompts)), max(map(len, completions))
+    ids, mask = (torch.zeros(len(passes), at + length, dtype=torch.long) for _ in range(2))
+    labels = torch.full((len(passes), length), -100)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+        ids[row, at - len(prompt) : at + len(completion)] = torch.cat([prompt, completion])
+        mask[row, at - len(prompt) : at + len(completion)] = 1
+        labels[row, : len(completion)] = completion
+    where = torch.arange(at - 1, at + length - 1)
+    return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": where, "labels": labels, "shift_labels": labels}
+
+
+def flat(conversations: Sequence[Sequence[Pass]]) -> list[Pass]:
+    return [p for passes in conversations for p in passes]
+
+
+def _batches(rows: Sequence[TokenTree], vocab: int) -> list[dict[str, torch.Tensor]]:
+    collator = OnePassCollator(Vocabulary(vocab))
+    return [collator([row]) for row in rows]
+
+
+def _targets_only(p: Pass) -> dict[str, torch.Tensor]:
+    ids = torch.from_numpy(np.asarray(p.input_ids))
+    trained = torch.from_numpy(np.flatnonzero(p.loss_mask))
+    labels = ids[trained][None]
+    return {"input_ids": ids[None], "logits_to_keep": trained - 1, "labels": labels, "shift_labels": labels}
+
+
+def _one_after_the_other(passes: Sequence[Pass]) -> dict:
+    """Passes in a row, with logits where there is a target."""
+    ids, trained = (
+        torch.from_numpy(np.concatenate([getattr(p, x) for p in passes])) for x in ("input_ids", "loss_mask")
+    )
+    lengths = tuple(len(p.input_ids) for p in passes)
+    index = trained.nonzero()[:, 0]
+    labels = ids[index][None]
+    return {
+        "input_ids": ids[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "pass_lengths": lengths,
+        "logits_to_keep": index - 1,
+        "labels": labels,
+        "shift_labels": labels,
+    }
+
+
+def _turn_by_turn(tree: TokenTree) -> dict[str, torch.Tensor]:
+    """The tokens of each pass that no earlier one has, pass after pass: the tree in the order of the conversation. Padded
+    to a multiple of 8, as the kernels want a mask."""
+    order, placed = [], np.zeros(len(tree), bool)
+    for path in tree.paths():
+        order.extend(path[~placed[path]].tolist())
+        placed[path] = True
+    order = np.array(order)
+    place = np.argsort(order)
+    padding = -len(tree) % 8
+    visible = np.eye(len(tree) + padding, dtype=bool)
+    visible[: len(tree), : len(tree)] = (order <= order[:, None]) & (order[:, None] < tree.subtree_end[order])
+    # Added to the scores, in their dtype: what SDPA would otherwise make of a mask of bools in every layer.
+    mask = torch.zeros(visible.shape, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    labels = torch.from_numpy(tree.target_ids)[None]
+    return {
+        "input_ids": torch.from_numpy(np.pad(tree.input_ids[order], (0, padding)))[None],
+        "position_ids": torch.from_numpy(np.pad(tree.position_ids[order], (0, padding)))[None],
+        "dense_mask": mask.masked_fill_(torch.from_numpy(~visible), float("-inf"))[None, None],
+        "logits_to_keep": torch.from_numpy(place[tree.target_index]),
+        "labels": labels,
+        "shift_labels": labels,
+    }
+
+
+def _dense_attention(module, query, key, value, attention_mask, *, dense_mask, scaling=None, **kwargs):
+    """SDPA with the dense mask (a keyword of the model's call, which reaches every layer), keys and values repeated, as
+    transformers does where there is a mask."""
+    key, value = repeat_heads(query, key, value)
+    out = scaled_dot_product_attention(query, key, value, attn_mask=dense_mask, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attention_by_pass(module, query, key, value, attention_mask, *, pass_lengths, scaling=None, **kwargs):
+    """Causal SDPA on one pass after the other (their lengths are a keyword of the model's call)."""
+    outs = [
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        for q, k, v in zip(*(x.split(pass_lengths, 2) for x in (query, key, value)))
+    ]
+    return torch.cat(outs, 2).transpose(1, 2).contiguous(), None
+
+
+for name, attention in (("dense-mask", _dense_attention), ("sdpa-by-pass", _attention_by_pass)):
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, lambda **_: None)

@@ -1,7 +1,8 @@
 """Attention on a row of conversations: our backends, and what a user would pick instead. Forward, and backward by itself.
 
-TFLOP/s are over visible pairs: forward 4 · heads · head_dim · pairs, backward 2.5 times that. Two contenders compute
-something else, as a yardstick: SDPA on a plain causal sequence of the same length, whose pairs are L (L + 1) / 2.
+TFLOP/s are over visible pairs: forward 4 · heads · head_dim · pairs, backward 2.5 times that. One contender computes
+something else, as a yardstick: SDPA on a plain causal sequence of the same length, whose pairs are L (L + 1) / 2. The output
+and gradients of all others must be those of `blockwise`.
 
 python benchmarks/attention.py cpu
 """
@@ -13,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexmask import TokenTree, tree_attention
-from flexmask.mask import BLOCK_SIZE, block_lists, mask_mod, tree_block_mask
+from flexmask.mask import BLOCK_SIZE, block_lists, count_tiles, mask_mod, tree_block_mask
 
 # Without this a symbolic length makes FlexAttention's backward refuse retain_graph, by which it is timed alone.
 torch._functorch.config.donated_buffer = False
@@ -107,16 +108,34 @@ def contenders(device: str) -> dict:
     }
 
 
-def compare(bench: Benchmark, name: str, make, tensors, ends, what: dict) -> None:
+def visible_pairs(ends: torch.Tensor) -> int:
+    """Each key is seen by its subtree."""
+    return int((ends[0] - torch.arange(ends.shape[1], device=ends.device)).sum())
+
+
+def output_and_gradients(attend, tensors) -> list[torch.Tensor]:
+    q, k, v, grad = tensors
+    out = attend()
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def check_equal(found: list[torch.Tensor], right: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Raises: ValueError, if one of them is further off, as a norm, than rounding to its dtype explains."""
+    bound = 1e-4 if dtype == torch.float32 else 3e-2
+    for name, a, b in zip(("output", "dq", "dk", "dv"), found, right, strict=True):
+        error = ((a.float() - b.float()).norm() / b.float().norm()).item()
+        if not error < bound:
+            raise ValueError(f"{name} differs from that of blockwise by {error:.1e}")
+
+
+def compare(bench: Benchmark, name: str, make, tensors, ends, right: list[torch.Tensor], what: dict) -> None:
     """A row of the result; one that cannot do it says why."""
     q, k, v, grad = tensors
     heads, length, head_dim = q.shape[1:]
-    pairs = int((ends[0] - torch.arange(length, device=ends.device)).sum())  # each key is seen by its subtree
-    visible, causal = pairs / length**2, name == "SDPA, plain causal"
-    if causal:
-        pairs = length * (length + 1) // 2
+    causal = name == "SDPA, plain causal"
+    pairs = length * (length + 1) // 2 if causal else visible_pairs(ends)
     work = 4 * heads * head_dim * pairs / 1e12
-    row = what | {"attention": name, "visible": visible}
+    row = what | {"attention": name}
     try:
         contender = make()
         if DEVICE == "cuda":
@@ -127,7 +146,10 @@ def compare(bench: Benchmark, name: str, make, tensors, ends, what: dict) -> Non
         def attend():
             return contender.attend(q, k, v, ends, mask)
 
-        row["first result"] = elapsed(lambda: attend().backward(grad))
+        found = []
+        row["first result"] = elapsed(lambda: found.extend(output_and_gradients(attend, tensors)))
+        if not causal:
+            check_equal(found, right, q.dtype)
         with torch.no_grad():
             row["forward"] = measure(attend, bench.settings.repeats)
         row["forward TFLOP/s"] = work / row["forward"]["median"]
@@ -160,15 +182,17 @@ def fill(bench: Benchmark) -> None:
                     tensors = [x.requires_grad_() for x in tensors[:3]] + tensors[3:]
                     for turns in settings.conversations:
                         ends = row_of(length, CONVERSATIONS[turns])
-                        lists = block_lists(ends)
-                        tiles = int(lists.kv_num.sum() + lists.full_kv_num.sum())
-                        needed = int((ends[0] - torch.arange(length, device=DEVICE)).sum())
+                        visible, tiles = visible_pairs(ends), sum(count_tiles(ends))
                         what = {
                             "conversation": turns, "length": length, "heads": f"{heads}:{kv_heads}x{head_dim}",
-                            "dtype": dtype, "visited tiles needed": needed / (tiles * BLOCK_SIZE**2),
+                            "dtype": dtype, "visible": visible / length**2,
+                            "visible of visited tiles": visible / (tiles * BLOCK_SIZE**2),
                         }  # fmt: skip
+                        right = output_and_gradients(
+                            lambda ends=ends: tree_attention(*tensors[:3], ends, backend="blockwise"), tensors
+                        )
                         for name in some:
-                            compare(bench, name, names[name], tensors, ends, what)
+                            compare(bench, name, names[name], tensors, ends, right, what)
 
 
 def draw(rows: list[dict], *axes) -> None:

@@ -7,7 +7,7 @@ Each method is a function (conversations, vocabulary, max_tokens of a row or bat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,16 +16,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from flexmask import OnePassCollator, Pass, TokenTree, cost, pack, split
+from flexmask.cost import Cost
 from flexmask.mask import BLOCK_SIZE, count_tiles
 
 
 @dataclass(frozen=True)
 class Work:
-    """A step's batches (keywords of the model), their attention implementation, and what is counted for them."""
+    """A step's batches (keywords of the model), their attention implementation, and what is counted for them, by the model's
+    configuration."""
 
     attention: str
     batches: list[dict]
-    flops: Callable[[PreTrainedConfig], float]
+    costs: Callable[[PreTrainedConfig], list[Cost]]
 
 
 def one_pass(conversations: Sequence[Sequence[Pass]], vocab: int, max_tokens: int) -> Work:
@@ -120,21 +122,20 @@ METHODS: dict[str, Callable[..., Work]] = {
 GROUP_METHODS = {"padded batch": aligned, "padded batch, share_prefixes": shared, "trees": one_pass}
 
 
-def _counted(trees: Sequence[TokenTree], **how) -> Callable:
-    """FLOPs of a step on all of them, by the model's configuration."""
-    return lambda config: sum(_flops(tree, config, **how) for tree in trees)
+def _counted(trees: Sequence[TokenTree], **how) -> Callable[[PreTrainedConfig], list[Cost]]:
+    return lambda config: [_cost(tree, config, **how) for tree in trees]
 
 
-def _flops(
+def _cost(
     tree: TokenTree,
-    config,
+    config: PreTrainedConfig,
     *,
     all_logits: bool = False,
     keeps_logits: bool = False,
     dense: bool = False,
     logits: int | None = None,
-) -> float:
-    """As `flexmask.cost` counts them for the tree, but for what a method does otherwise.
+) -> Cost:
+    """As `flexmask.cost` counts it for the tree, but for what a method does otherwise.
 
     Args:
         all_logits: logits of every token.
@@ -150,7 +151,7 @@ def _flops(
     if dense:
         blocks = -(-len(tree) // BLOCK_SIZE)
         attention *= blocks**2 / sum(count_tiles(torch.from_numpy(tree.subtree_end)[None]))
-    return found.one_pass.linear_flops + attention + loss
+    return replace(found.one_pass, attention_flops=attention, loss_flops=loss)
 
 
 def _alone(passes: Sequence[Pass]) -> list[TokenTree]:

@@ -80,7 +80,7 @@ def attention(result: dict) -> list[list[str]]:
             "row": lambda row: row["conversation"],
             "tokens": lambda row: f"{row['length']:,}",
             "heads": lambda row: row["heads"],
-            "visible": lambda row: f"{row['visible']:.0%}",
+            "visible, of visited tiles": lambda row: f"{row['visible']:.0%}, {row['visible of visited tiles']:.0%}",
             "attention": lambda row: row["attention"],
             "forward": lambda row: _milliseconds(row["forward"]),
             "backward": lambda row: _milliseconds(row["backward"]),

@@ -124,7 +124,7 @@ class TrainingStep:
             "tokens run": sum(self._run) // len(self.losses),
             "batches": len(self._batches),
             "loss": self.losses[0],
-            "TFLOP": self.work.flops(self.model.config) / 1e12,
+            "TFLOP": sum(cost.flops for cost in self.work.costs(self.model.config)) / 1e12,
         }
 
 

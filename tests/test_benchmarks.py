@@ -1,4 +1,4 @@
-"""Every benchmark runs in its smallest size, and the tables of the pages are those of the results."""
+"""Every benchmark runs in its smallest size, measures what it says, and the tables of the pages are those of the results."""
 
 import json
 import os
@@ -8,13 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import common  # noqa: E402
 import report  # noqa: E402
+import training  # noqa: E402
+from attention import check_equal  # noqa: E402
+from methods import GROUP_METHODS, METHODS  # noqa: E402
 
 SAME_LOSS = {"npass": "group", "groups": "group", "growth": "turns", "split": None}  # rows that agree in this
 NAMES = sorted(path.stem for path in (BENCHMARKS / "configs").glob("*.yaml"))
+CONVERSATION = {"turns": [3, 3], "lengths": [30, 60, 20]}
+COMPLETIONS = {"completions": 4, "lengths": [60, 30]}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -26,6 +35,7 @@ def test_smallest_size(name, tmp_path):
     result = json.loads((tmp_path / f"{name}_smoke.json").read_text())
     assert result["rows"] and not [row for row in result["rows"] if "error" in row]
     assert {"command", "commit", "date", "machine", "versions", "settings", "seconds"} <= set(result)
+    assert result["finished"]
     assert (tmp_path / f"{name}_smoke.png").stat().st_size
     if name == "loss_memory":
         assert [row["value"] for row in result["rows"]] == pytest.approx([result["rows"][0]["value"]] * 3, rel=1e-6)
@@ -36,7 +46,7 @@ def test_smallest_size(name, tmp_path):
         for of_one in losses.values():
             assert len(of_one) > 1 and of_one == pytest.approx([of_one[0]] * len(of_one), rel=1e-5)
     for table in [name] * (name in report.TABLES) + ["headline"] * (name == "npass"):
-        for some in (result, result | {"rows": result["rows"][:1], "interrupted": True}):  # stopped after a row
+        for some in (result, result | {"rows": result["rows"][:1], "finished": False}):  # stopped after a row
             head, *rows = report.TABLES[table](some)
             assert (rows or table == "headline") and all(len(row) == len(head) for row in rows)
 
@@ -47,3 +57,129 @@ def test_tables_of_the_pages_are_those_of_the_results(page):
     text = page.read_text()
     assert report.render(text) == text, "run python benchmarks/report.py"
     assert len(re.findall(r"<!-- table: \w+ -->", text)) == len(report.MARKED.findall(text)) > 0
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_are_of_their_settings_and_of_a_commit(path):
+    if path.stem.endswith("_smoke"):
+        pytest.skip("a smoke result is not committed")
+    name, size = next((n, path.stem.removeprefix(f"{n}_")) for n in NAMES if path.stem.startswith(f"{n}_"))
+    result = json.loads(path.read_text())
+    assert result["settings"] == yaml.safe_load((BENCHMARKS / "configs" / f"{name}.yaml").read_text())[size]
+    assert re.fullmatch(r"[0-9a-f]{7,}", result["commit"]) and result["finished"]
+    assert path.with_suffix(".png").exists()
+
+
+def spec(method, **options):
+    what = CONVERSATION if method in METHODS else COMPLETIONS
+    return {"shape": "tiny", "conversations": 2, "max_tokens": 1024, "method": method, "repeats": 3} | what | options
+
+
+def test_checkpointing_changes_no_loss():
+    for methods in (METHODS, GROUP_METHODS):
+        losses = []
+        for method in methods:
+            for checkpointing in (False, True):
+                step = training.TrainingStep(spec(method, checkpointing=checkpointing))
+                step()
+                losses.append(step.losses[0])
+        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS | GROUP_METHODS)
+def test_counted_flops_are_those_of_a_step(method):
+    """Products with weights, forward and backward, as PyTorch counts them; what is padding is not counted by us in trees."""
+    step = training.TrainingStep(spec(method))
+    with FlopCounterMode(display=False) as counter:
+        step()
+    of_operators = counter.get_flop_counts()["Global"]
+    seen = sum(n for operator, n in of_operators.items() if operator in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    costs = step.work.costs(step.model.config)
+    padding = step.found()["tokens run"] / sum(cost.tokens for cost in costs)
+    expected = sum(cost.linear_flops for cost in costs) * padding + sum(cost.loss_flops for cost in costs)
+    assert 1 <= padding < 1.5 and expected == pytest.approx(seen, rel=1e-6)
+
+
+def test_steps_take_turns(monkeypatch):
+    calls = []
+
+    class Step:
+        def __init__(self, spec):
+            self.name = spec["method"]
+            if self.name == "broken":
+                raise ValueError("no such method")
+
+        def __call__(self):
+            calls.append(self.name)
+
+        def found(self):
+            return {"tokens": 1}
+
+    monkeypatch.setattr(training, "TrainingStep", Step)
+    found = training._times([{"method": method, "repeats": 3} for method in ("a", "broken", "b")])
+    assert calls == ["a", "b", "a", "b", "b", "a", "a", "b"]  # a warm-up first
+    assert [len(row["step"]["each"]) if "step" in row else row["error"] for row in found] == [
+        3,
+        "ValueError: no such method",
+        3,
+    ]
+
+
+def test_peak_memory_is_that_of_the_call(tmp_path):
+    """In a process whose own start, and whose parent, needed more."""
+    script = tmp_path / "peak.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "import torch\nfrom common import peak_memory\n"
+        "torch.ones(2**26).sum()\nprint(peak_memory(lambda: torch.ones(2**24).sum()) / 2**20)"
+    )
+    assert 62 < common.in_own_process(str(script), **common.GIVE_BACK) < 68
+
+
+def test_a_killed_process_ran_out_of_memory(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(MemoryError, match="was killed"):
+        common.in_own_process(str(script))
+
+
+def test_interrupted_results_say_so(tmp_path):
+    def fill():
+        bench.add(row=1)
+        raise KeyboardInterrupt
+
+    bench = common.Benchmark("npass", "", ["smoke", "--output_dir", str(tmp_path)])
+    bench.run(fill, lambda axis: None)
+    result = json.loads(bench.path.read_text())
+    assert result["rows"] == [{"row": 1}] and not result["finished"]
+
+
+def test_other_attention_is_refused():
+    right = [torch.ones(3)] * 4
+    check_equal([x + 1e-5 for x in right], right, torch.float32)
+    with pytest.raises(ValueError, match="dv differs from that of blockwise by"):
+        check_equal([*right[:3], right[3] + 1e-3], right, torch.float32)
+
+
+def test_headline_by_hand():
+    """Ratios are of rounds: 8/2, 6/2, 5/1; the best N-pass is the one that one-pass is least faster than."""
+
+    def row(method, *seconds):
+        step, first = common.spread(list(seconds)), common.spread([2, 2, 1])
+        faster = common.ratio(step, first)
+        return {
+            "group": "g", "method": method, "tokens": 1000, "tokens run": 500, "step": step, "predicted": 2,
+            "one-pass is faster by": faster,
+        }  # fmt: skip
+
+    rows = [row("one-pass", 2, 2, 1), row("N-pass, sequences", 8, 6, 5), row("N-pass, padded batches", 9, 9, 9)]
+    rows += [row("N-pass, packed", 3, 4, 3), {"group": "g", "method": "N-pass, other", "error": "OutOfMemoryError: x"}]
+    _, *found = report.headline({"rows": rows})
+    expected = ["g", "1,000 → 500", "6.0 s", "3.0 s (packed)", "2.0 s"]
+    assert found == [[*expected, "4.00× (3.00 to 5.00), 2.00× (1.50 to 3.00)", "2.00×, 2.00×"]]
+
+
+def test_gpu_benchmarks_take_eight_minutes():
+    runs = re.search(r"for run in (.*?);", (BENCHMARKS.parent / "Makefile").read_text())[1].split()
+    seconds = {name: int(limit) for name, limit in (run.split(":") for run in runs)}
+    assert set(seconds) == set(NAMES) - {"preprocessing", "accuracy"} and sum(seconds.values()) <= 480

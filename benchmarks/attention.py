@@ -7,9 +7,24 @@ and gradients of all others must be those of `blockwise`.
 python benchmarks/attention.py cpu
 """
 
+from collections.abc import Iterator
+from itertools import product
+
 import numpy as np
 import torch
-from common import CONVERSATIONS, DEVICE, Benchmark, bars, conversation, elapsed, measure, peak_memory, repeat_heads
+from common import (
+    CONVERSATIONS,
+    DEVICE,
+    Benchmark,
+    additive_mask,
+    attempt,
+    bars,
+    conversation,
+    elapsed,
+    measure,
+    peak_memory,
+    repeat_heads,
+)
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -18,6 +33,9 @@ from flexmask.mask import BLOCK_SIZE, block_lists, count_tiles, mask_mod, tree_b
 
 # Without this a symbolic length makes FlexAttention's backward refuse retain_graph, by which it is timed alone.
 torch._functorch.config.donated_buffer = False
+
+
+PLAIN = "SDPA, plain causal"
 
 
 def row_of(length: int, turns: tuple) -> torch.Tensor:
@@ -66,8 +84,11 @@ class Flex:
 class Dense:
     """SDPA with the dense mask, keys and values repeated."""
 
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
     def mask(self, ends):
-        return dense_mask(ends)
+        return additive_mask(dense_mask(ends), self.dtype)
 
     def attend(self, q, k, v, ends, mask):
         k, v = repeat_heads(q, k, v)
@@ -75,7 +96,7 @@ class Dense:
 
 
 class PlainCausal:
-    """SDPA on one plain sequence, with its flash kernel: the ceiling of what PyTorch ships."""
+    """SDPA on one plain sequence, with its flash kernel where the dtype has one: the ceiling of what PyTorch ships."""
 
     def mask(self, ends):
         return None
@@ -90,21 +111,23 @@ def library_mask(ends):
 
 
 def contenders(device: str) -> dict:
-    """name -> a function that makes the contender; what takes long to compile last."""
+    """name -> a function of the dtype that makes the contender; what takes long to compile last."""
     if device == "cpu":
         return {
-            "blockwise": lambda: Tree("blockwise"),
+            "blockwise": lambda dtype: Tree("blockwise"),
             "SDPA, dense mask": Dense,
-            "SDPA, plain causal": PlainCausal,
+            PLAIN: lambda dtype: PlainCausal(),
         }
     return {
-        "triton": lambda: Tree("triton"),
-        "flex": lambda: Tree("flex"),
-        "SDPA, plain causal": PlainCausal,
+        "triton": lambda dtype: Tree("triton"),
+        "flex": lambda dtype: Tree("flex"),
+        PLAIN: lambda dtype: PlainCausal(),
         "SDPA, dense mask": Dense,
-        "FlexAttention, our BlockMask, static": lambda: Flex(tree_block_mask),
-        "FlexAttention, create_block_mask": lambda: Flex(library_mask),
-        "FlexAttention, our BlockMask, max-autotune": lambda: Flex(tree_block_mask, mode="max-autotune-no-cudagraphs"),
+        "FlexAttention, our BlockMask, static": lambda dtype: Flex(tree_block_mask),
+        "FlexAttention, create_block_mask": lambda dtype: Flex(library_mask),
+        "FlexAttention, our BlockMask, max-autotune": lambda dtype: Flex(
+            tree_block_mask, mode="max-autotune-no-cudagraphs"
+        ),
     }
 
 
@@ -128,39 +151,32 @@ def check_equal(found: list[torch.Tensor], right: list[torch.Tensor], dtype: tor
             raise ValueError(f"{name} differs from that of blockwise by {error:.1e}")
 
 
-def compare(bench: Benchmark, name: str, make, tensors, ends, right: list[torch.Tensor], what: dict) -> None:
-    """A row of the result; one that cannot do it says why."""
+def compare(name: str, make, tensors, ends, right: list[torch.Tensor], repeats: int) -> dict:
+    """What a contender takes."""
     q, k, v, grad = tensors
     heads, length, head_dim = q.shape[1:]
-    causal = name == "SDPA, plain causal"
-    pairs = length * (length + 1) // 2 if causal else visible_pairs(ends)
+    pairs = length * (length + 1) // 2 if name == PLAIN else visible_pairs(ends)
     work = 4 * heads * head_dim * pairs / 1e12
-    row = what | {"attention": name}
-    try:
-        contender = make()
-        if DEVICE == "cuda":
-            row["mask, MiB"] = peak_memory(lambda: contender.mask(ends.clone())) / 2**20
-        row["mask"] = measure(lambda: contender.mask(ends.clone()), 3)  # a clone, since lists are kept for a tensor
-        mask = contender.mask(ends)
+    contender, found, row = make(q.dtype), [], {}
+    if DEVICE == "cuda":
+        row["mask, MiB"] = peak_memory(lambda: contender.mask(ends.clone())) / 2**20
+    row["mask"] = measure(lambda: contender.mask(ends.clone()), 3)  # a clone, since lists are kept for a tensor
+    mask = contender.mask(ends)
 
-        def attend():
-            return contender.attend(q, k, v, ends, mask)
+    def attend():
+        return contender.attend(q, k, v, ends, mask)
 
-        found = []
-        row["first result"] = elapsed(lambda: found.extend(output_and_gradients(attend, tensors)))
-        if not causal:
-            check_equal(found, right, q.dtype)
-        with torch.no_grad():
-            row["forward"] = measure(attend, bench.settings.repeats)
-        row["forward TFLOP/s"] = work / row["forward"]["median"]
-        out = attend()
-        row["backward"] = measure(
-            lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), bench.settings.repeats
-        )
-        row["backward TFLOP/s"] = 2.5 * work / row["backward"]["median"]
-    except Exception as error:
-        row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
-    bench.add(**row)
+    row["first result"] = elapsed(lambda: found.extend(output_and_gradients(attend, tensors)))
+    if name != PLAIN:
+        check_equal(found, right, q.dtype)
+    with torch.no_grad():
+        row["forward"] = measure(attend, repeats)
+    out = attend()
+    row["backward"] = measure(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), repeats)
+    return row | {
+        "forward TFLOP/s": work / row["forward"]["median"],
+        "backward TFLOP/s": 2.5 * work / row["backward"]["median"],
+    }
 
 
 def main() -> None:
@@ -168,31 +184,33 @@ def main() -> None:
     bench.run(lambda: fill(bench), lambda *axes: draw(bench.measured, *axes), width=12, panels=2)
 
 
+def problems(settings) -> Iterator[tuple[dict, list[torch.Tensor], torch.Tensor]]:
+    """What a row of the result is about; query, key, value and the gradient of the output; ends of subtrees."""
+    for dtype, (heads, kv_heads, head_dim), length in product(settings.dtypes, settings.shapes, settings.lengths):
+        q, k, v, grad = (
+            torch.randn(1, length, n, head_dim, device=DEVICE, dtype=getattr(torch, dtype)).transpose(1, 2)
+            for n in (heads, kv_heads, kv_heads, heads)
+        )
+        tensors = [*(x.requires_grad_() for x in (q, k, v)), grad]
+        for turns in settings.conversations:
+            ends = row_of(length, CONVERSATIONS[turns])
+            visible, tiles = visible_pairs(ends), sum(count_tiles(ends))
+            what = {
+                "conversation": turns, "length": length, "heads": f"{heads}:{kv_heads}x{head_dim}", "dtype": dtype,
+                "visible": visible / length**2, "visible of visited tiles": visible / (tiles * BLOCK_SIZE**2),
+            }  # fmt: skip
+            yield what, tensors, ends
+
+
 def fill(bench: Benchmark) -> None:
-    settings, names = bench.settings, contenders(DEVICE)
+    names = contenders(DEVICE)
     # The contenders that take longest to compile come after everything else.
-    for some in (list(names)[:4], list(names)[4:]):
-        for dtype in settings.dtypes:
-            for heads, kv_heads, head_dim in settings.shapes:
-                for length in settings.lengths:
-                    tensors = [
-                        torch.randn(1, length, n, head_dim, device=DEVICE, dtype=getattr(torch, dtype)).transpose(1, 2)
-                        for n in (heads, kv_heads, kv_heads, heads)
-                    ]
-                    tensors = [x.requires_grad_() for x in tensors[:3]] + tensors[3:]
-                    for turns in settings.conversations:
-                        ends = row_of(length, CONVERSATIONS[turns])
-                        visible, tiles = visible_pairs(ends), sum(count_tiles(ends))
-                        what = {
-                            "conversation": turns, "length": length, "heads": f"{heads}:{kv_heads}x{head_dim}",
-                            "dtype": dtype, "visible": visible / length**2,
-                            "visible of visited tiles": visible / (tiles * BLOCK_SIZE**2),
-                        }  # fmt: skip
-                        right = output_and_gradients(
-                            lambda ends=ends: tree_attention(*tensors[:3], ends, backend="blockwise"), tensors
-                        )
-                        for name in some:
-                            compare(bench, name, names[name], tensors, ends, right, what)
+    for some in filter(None, (list(names)[:4], list(names)[4:])):
+        for what, tensors, ends in problems(bench.settings):
+            right = output_and_gradients(lambda: tree_attention(*tensors[:3], ends, backend="blockwise"), tensors)
+            for name in some:
+                found = attempt(lambda: compare(name, names[name], tensors, ends, right, bench.settings.repeats))
+                bench.add(**what, attention=name, **found)
 
 
 def draw(rows: list[dict], *axes) -> None:

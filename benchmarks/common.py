@@ -27,6 +27,7 @@ from flexmask import Pass
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of models
 # The rows of DESIGN.md's table: turns; mean tokens of a user message, a thought, a response.
 CONVERSATIONS = {
     "6 turns, short": (6, 60, 150, 100),
@@ -42,13 +43,18 @@ def conversation(
     """The N passes of a conversation of random tokens, its lengths drawn around the means (0.5 to 1.5 times), or fixed."""
     context, passes = np.empty(0, np.int64), []
     for _ in range(turns):
-        lengths = (h, t, r) if fixed else (rng.integers(n // 2, n * 3 // 2 + 1) for n in (h, t, r))
+        lengths = (h, t, r) if fixed else (drawn(rng, mean) for mean in (h, t, r))
         question, thought, response = (rng.integers(0, vocab, n) for n in lengths)
         context = np.concatenate([context, question])
         ids = np.concatenate([context, thought, response])
         passes.append(Pass(ids, np.arange(len(ids)) >= len(context)))
         context = np.concatenate([context, response])
     return passes
+
+
+def drawn(rng: np.random.Generator, mean: int) -> int:
+    """A length of 0.5 to 1.5 times the mean."""
+    return int(rng.integers(mean // 2, mean * 3 // 2 + 1))
 
 
 def measure(function: Callable, repeats: int, warmup: int = 1) -> dict[str, float]:
@@ -64,14 +70,20 @@ def spread(values: list[float]) -> dict:
 
 
 def ratio(of: dict, to: dict) -> dict:
-    """The spread of the ratio of two spreads, whose values were measured in turns."""
+    """The spread of the ratios of two spreads, round by round."""
     return spread([a / b for a, b in zip(of["each"], to["each"], strict=True)])
 
 
 def attempt(function: Callable[[], dict]) -> dict:
-    """What a function finds, or {"error": what it failed with}."""
+    """What a function finds, or {"error": what it failed with}.
+
+    Raises:
+        torch.AcceleratorError: after which nothing works on the GPU any more.
+    """
     try:
         return function()
+    except torch.AcceleratorError:
+        raise
     except Exception as error:
         return {"error": f"{type(error).__name__}: {str(error)[-300:]}"}
 
@@ -204,7 +216,7 @@ def bars(axis, rows: list[dict], group: str, kind: str, value: str, mark: str | 
     for i, name in enumerate(kinds):
         of_kind = [row for row in rows if row[kind] == name]
         at = [groups.index(row[group]) + (i - len(kinds) / 2 + 0.5) * 0.8 / len(kinds) for row in of_kind]
-        axis.bar(at, [_number(row[value]) for row in of_kind], 0.8 / len(kinds), label=name)
+        axis.bar(at, [number(row[value]) for row in of_kind], 0.8 / len(kinds), label=name)
         if mark:
             axis.plot(at, [row[mark] for row in of_kind], "k_", markersize=12)
     axis.set_xticks(range(len(groups)), groups, fontsize=7)
@@ -213,6 +225,11 @@ def bars(axis, rows: list[dict], group: str, kind: str, value: str, mark: str | 
 def repeat_heads(query: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
     """Keys and values (batch, kv_heads, L, D) once for every query head, as transformers does where there is a mask."""
     return [x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in tensors]
+
+
+def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Added to the scores; of a mask of bools SDPA would make one in every call."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 def machine() -> str:
@@ -274,7 +291,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: dict | float) -> float:
+def number(value: dict | float) -> float:
     return value["median"] if isinstance(value, dict) else value
 
 

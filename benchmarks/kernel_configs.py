@@ -13,7 +13,7 @@ from itertools import product
 
 import torch
 from attention import check_equal, output_and_gradients, row_of
-from common import CONVERSATIONS, DEVICE, Benchmark, measure, table
+from common import CONVERSATIONS, DEVICE, Benchmark, attempt, measure, table
 from flexmask_kernels import attention as kernels
 from flexmask_kernels.configs import Config
 
@@ -93,21 +93,21 @@ def fill(bench: Benchmark) -> None:
             for candidate in dict.fromkeys([getattr(pinned, kernel), *candidates(settings)]):
                 row = {"head size": head_dim, "kernel": kernel, "m, n, warps, stages": str(astuple(candidate))}
                 row["pinned"] = candidate == getattr(pinned, kernel)
-                try:
+
+                def timed(kernel=kernel, candidate=candidate) -> dict:
                     with running(replace(pinned, **{kernel: candidate})):
                         check_equal(output_and_gradients(attend, tensors), right, q.dtype)
-                        out = attend()
                         if kernel == "forward":
                             with torch.no_grad():
-                                row["time"] = measure(attend, settings.repeats)
-                        else:  # the whole backward; the other kernels are the same in every row
-                            row["time"] = measure(
-                                lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True),
-                                settings.repeats,
+                                return {"time": measure(attend, settings.repeats)}
+                        out = attend()  # the whole backward; the other kernels are the same in every row
+                        return {
+                            "time": measure(
+                                lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), settings.repeats
                             )
-                except Exception as error:
-                    row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
-                bench.add(**row)
+                        }
+
+                bench.add(**row, **attempt(timed))
 
 
 def draw(rows: list[dict], *axes) -> None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from common import DEVICE, Vocabulary, repeat_heads
+from common import DEVICE, DTYPE, Vocabulary, additive_mask, repeat_heads
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from flexmask import OnePassCollator, Pass, TokenTree, cost, pack, split
+from flexmask.collator import to_batch
 from flexmask.cost import Cost
 from flexmask.mask import BLOCK_SIZE, count_tiles
 
@@ -46,19 +47,21 @@ def in_parts(conversations: Sequence[Sequence[Pass]], vocab: int, parts: int) ->
             middle = (low + high) // 2
             low, high = (low, middle) if len(split(tree, middle)) <= parts else (middle + 1, high)
         trees += split(tree, low)
+        if len(split(tree, low)) != parts:
+            raise ValueError(f"the tree cannot be split into {parts} parts by a limit of tokens")
     return Work("flexmask", _batches(trees, vocab), _counted(trees))
 
 
 def sequences(conversations, vocab, max_tokens):
     """N-pass, one sequence at a time, labels of -100 where nothing is trained: what most scripts do."""
     passes = flat(conversations)
-    return Work("sdpa", [labelled([p]) for p in passes], _counted(_alone(passes), all_logits=True))
+    return Work("sdpa", [labelled([p]) for p in passes], _counted(_single_trees(passes), all_logits=True))
 
 
 def sequences_targets(conversations, vocab, max_tokens):
     """The same, with logits where there is a target, all of them at once, as the library's loss has them."""
     passes = flat(conversations)
-    return Work("sdpa", [_targets_only(p) for p in passes], _counted(_alone(passes), keeps_logits=True))
+    return Work("sdpa", [_targets_only(p) for p in passes], _counted(_single_trees(passes), keeps_logits=True))
 
 
 def padded(conversations, vocab, max_tokens):
@@ -70,21 +73,25 @@ def padded(conversations, vocab, max_tokens):
             batch = []
         batch.append(p)
     batches.append(batch)
-    longest = [batch[-1] for batch in batches for _ in batch]
-    return Work("sdpa", [labelled(batch) for batch in batches], _counted(_alone(longest), all_logits=True, dense=True))
+    costs = [
+        _counted(_single_trees([batch[-1]] * len(batch)), all_logits=True, dense=len(batch) > 1) for batch in batches
+    ]  # one sequence alone has no mask
+    return Work("sdpa", [labelled(batch) for batch in batches], lambda config: [c for of in costs for c in of(config)])
 
 
 def packed(conversations, vocab, max_tokens):
-    """N-pass, passes packed into rows in which no pass sees another; causal SDPA on each pass by itself, so that nothing is
-    computed between passes (on a GPU in place of variable-length FlashAttention), and logits at targets."""
-    trees = _alone(flat(conversations))
-    batches = [_one_after_the_other(row.passes()) for row in pack(trees, max_tokens)]
-    return Work("sdpa-by-pass", batches, _counted(trees, keeps_logits=True))
+    """N-pass, passes packed into rows in which no pass sees another, and the loss of one-pass: the only thing that is not
+    shared is the history. On a CPU causal SDPA on each pass by itself; on a GPU, where so many calls would cost more than what
+    they compute, our kernels, which skip the tiles between passes (a tree without forks is a document mask)."""
+    rows = pack(_single_trees(flat(conversations)), max_tokens)
+    if DEVICE == "cuda":
+        return Work("flexmask", _batches(rows, vocab), _counted(rows))
+    return Work("sdpa-by-pass", [_one_after_the_other(row) for row in rows], _counted(rows))
 
 
 def interleaved(conversations, vocab, max_tokens):
-    """The published one-pass method: turn by turn in one sequence, with a dense mask handed to SDPA. (Targets are those of
-    the tree; the published label shift gets one of each turn wrong.)"""
+    """The published one-pass method: one conversation at a time, turn by turn in one sequence, with a dense mask handed to
+    SDPA. (Targets are those of the tree; the published label shift gets one of each turn wrong.)"""
     trees = [TokenTree.from_passes(passes) for passes in conversations]
     return Work("dense-mask", [_turn_by_turn(tree) for tree in trees], _counted(trees, keeps_logits=True, dense=True))
 
@@ -93,7 +100,7 @@ def aligned(conversations, vocab, max_tokens):
     """One padded batch: prompts padded on the left, completions on the right, logits at completions, as TRL's GRPO has it."""
     passes = flat(conversations)
     longest = [_longest(passes)] * len(passes)
-    return Work("sdpa", [_aligned(passes)], _counted(_alone(longest), keeps_logits=True, dense=True))
+    return Work("sdpa", [_aligned(passes)], _counted(_single_trees(longest), keeps_logits=True, dense=True))
 
 
 def shared(conversations, vocab, max_tokens):
@@ -147,14 +154,15 @@ def _cost(
     counted = found.n_pass_all_logits if all_logits else found.one_pass
     attention, loss = found.one_pass.attention_flops, counted.loss_flops
     if keeps_logits:
-        loss = 6 * config.hidden_size * config.vocab_size * (counted.logits if logits is None else logits)
+        kept = found.n_pass_all_logits
+        loss = kept.loss_flops / kept.logits * (counted.logits if logits is None else logits)
     if dense:
         blocks = -(-len(tree) // BLOCK_SIZE)
         attention *= blocks**2 / sum(count_tiles(torch.from_numpy(tree.subtree_end)[None]))
     return replace(found.one_pass, attention_flops=attention, loss_flops=loss)
 
 
-def _alone(passes: Sequence[Pass]) -> list[TokenTree]:
+def _single_trees(passes: Sequence[Pass]) -> list[TokenTree]:
     return [TokenTree.from_passes([p]) for p in passes]
 
 
@@ -205,22 +213,11 @@ def _targets_only(p: Pass) -> dict[str, torch.Tensor]:
     return {"input_ids": ids[None], "logits_to_keep": trained - 1, "labels": labels, "shift_labels": labels}
 
 
-def _one_after_the_other(passes: Sequence[Pass]) -> dict:
-    """Passes in a row, with logits where there is a target."""
-    ids, trained = (
-        torch.from_numpy(np.concatenate([getattr(p, x) for p in passes])) for x in ("input_ids", "loss_mask")
-    )
-    lengths = tuple(len(p.input_ids) for p in passes)
-    index = trained.nonzero()[:, 0]
-    labels = ids[index][None]
-    return {
-        "input_ids": ids[None],
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "pass_lengths": lengths,
-        "logits_to_keep": index - 1,
-        "labels": labels,
-        "shift_labels": labels,
-    }
+def _one_after_the_other(row: TokenTree) -> dict[str, torch.Tensor]:
+    """The batch of a row of passes, with their lengths in place of the ends of subtrees."""
+    batch = to_batch(row, pad_to_multiple_of=1)
+    del batch["subtree_end"]
+    return batch | {"pass_lengths": torch.from_numpy(row.pass_lengths)}
 
 
 def _turn_by_turn(tree: TokenTree) -> dict[str, torch.Tensor]:
@@ -235,13 +232,11 @@ def _turn_by_turn(tree: TokenTree) -> dict[str, torch.Tensor]:
     padding = -len(tree) % 8
     visible = np.eye(len(tree) + padding, dtype=bool)
     visible[: len(tree), : len(tree)] = (order <= order[:, None]) & (order[:, None] < tree.subtree_end[order])
-    # Added to the scores, in their dtype: what SDPA would otherwise make of a mask of bools in every layer.
-    mask = torch.zeros(visible.shape, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     labels = torch.from_numpy(tree.target_ids)[None]
     return {
         "input_ids": torch.from_numpy(np.pad(tree.input_ids[order], (0, padding)))[None],
         "position_ids": torch.from_numpy(np.pad(tree.position_ids[order], (0, padding)))[None],
-        "dense_mask": mask.masked_fill_(torch.from_numpy(~visible), float("-inf"))[None, None],
+        "dense_mask": additive_mask(torch.from_numpy(visible), DTYPE)[None, None],
         "logits_to_keep": torch.from_numpy(place[tree.target_index]),
         "labels": labels,
         "shift_labels": labels,
@@ -259,10 +254,10 @@ def _dense_attention(module, query, key, value, attention_mask, *, dense_mask, s
 def _attention_by_pass(module, query, key, value, attention_mask, *, pass_lengths, scaling=None, **kwargs):
     """Causal SDPA on one pass after the other (their lengths are a keyword of the model's call)."""
     outs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(*(x.split(pass_lengths, 2) for x in (query, key, value)))
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)
+        for q, k, v in zip(*(x.split(pass_lengths.tolist(), 2) for x in (query, key, value)))
     ]
-    return torch.cat(outs, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(outs, 1), None
 
 
 for name, attention in (("dense-mask", _dense_attention), ("sdpa-by-pass", _attention_by_pass)):

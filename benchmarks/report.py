@@ -11,10 +11,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from common import ratio
+
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
 SHOWN = ("torch", "triton", "transformers")  # versions in a caption
-MISSING = "–"  # a row that failed, or that an interrupted run has not reached
+MISSING = "–"  # of a row that failed, or that an interrupted run has not reached
 
 
 def render(page: str) -> str:
@@ -32,19 +34,21 @@ def _table(name: str, size: str) -> str:
     settings = result["settings"]
     model = f"{settings['shape']}'s shape" if "shape" in settings else ""
     model += f", {settings['layers']} layers" if settings.get("layers") else ""
-    about = [model, result["machine"], versions, result["date"], f"`{result['command']}`"]
+    stopped = "" if result["finished"] else "stopped before the end"
+    about = [model, result["machine"], versions, result["date"], f"`{result['command']}`", stopped]
     return f"{text}\n*{'; '.join(filter(None, about))}*\n"
 
 
 def npass(result: dict) -> list[list[str]]:
     """Seconds of one-pass; times that of the others."""
     return _columns(
-        _measured(result),
+        result["rows"],
         {
             "conversations": lambda row: row["group"],
             "method": lambda row: row["method"],
             "tokens run": lambda row: f"{row['tokens run']:,}",
             "step": lambda row: _seconds(row["step"]),
+            "tokens/s": lambda row: f"{row['tokens/s']:,.0f}",
             "times one-pass": lambda row: _times(row["one-pass is faster by"]),
             "predicted": lambda row: f"{row['predicted']:.2f}×",
             "of prediction": lambda row: f"{row['of prediction']:.2f}",
@@ -54,20 +58,22 @@ def npass(result: dict) -> list[list[str]]:
 
 
 def headline(result: dict) -> list[list[str]]:
-    """One-pass against N-pass as it is usual, and against the N-pass that it is least faster than."""
+    """One-pass against N-pass as it is usual, and against the N-pass that it is least faster than. Of complete groups."""
     usual, ratio = "N-pass, sequences", "one-pass is faster by"
     table = [
         ["conversations", "tokens", "one sequence at a time", "the best N-pass", "one-pass", "faster by", "predicted"]
     ]
-    for group, of in _by(_measured(result), "group", "method").items():
-        if "one-pass" not in of or usual not in of:
+    for group, of in _by(result["rows"], "group", "method").items():
+        done = {method: row for method, row in of.items() if "error" not in row}
+        if not {"one-pass", usual} <= set(done) or set(of) != set(result["methods"]):
             continue
-        best = min((method for method in of if method.startswith("N-pass")), key=lambda m: of[m][ratio]["median"])
-        times = [f"{of[method]['step']['median']:.1f} s" for method in (usual, best, "one-pass")]
-        times[1] += f" ({best.removeprefix('N-pass, ')})"
-        faster = ", ".join(_times(of[method][ratio]) for method in (usual, best))
-        predicted = ", ".join(f"{of[method]['predicted']:.2f}×" for method in (usual, best))
-        tokens = f"{of[usual]['tokens']:,} → {of['one-pass']['tokens run']:,}"
+        best = min((method for method in done if method.startswith("N-pass")), key=lambda m: done[m][ratio]["median"])
+        failed = "".join(f"; {method} failed" for method in of if method not in done)
+        times = [f"{done[method]['step']['median']:.1f} s" for method in (usual, best, "one-pass")]
+        times[1] += f" ({best.removeprefix('N-pass, ')}{failed})"
+        faster = ", ".join(_times(done[method][ratio]) for method in (usual, best))
+        predicted = ", ".join(f"{done[method]['predicted']:.2f}×" for method in (usual, best))
+        tokens = f"{done[usual]['tokens']:,} → {done['one-pass']['tokens run']:,}"
         table.append([group, tokens, *times, faster, predicted])
     return table
 
@@ -75,7 +81,7 @@ def headline(result: dict) -> list[list[str]]:
 def attention(result: dict) -> list[list[str]]:
     """Forward and backward, at every length."""
     return _columns(
-        _measured(result),
+        result["rows"],
         {
             "row": lambda row: row["conversation"],
             "tokens": lambda row: f"{row['length']:,}",
@@ -90,39 +96,38 @@ def attention(result: dict) -> list[list[str]]:
 
 
 def growth(result: dict) -> list[list[str]]:
-    turns = _by(_measured(result), "turns", "method")
-    methods = list(next(iter(turns.values())))
+    methods = result["settings"]["methods"]
     table = [["turns", *(f"{method}: tokens, step, peak" for method in methods)]]
-    for n, of in turns.items():
+    for n, of in _by(_measured(result), "turns", "method").items():
         rows = [of.get(method) for method in methods]
         cells = [
             f"{r['tokens run']:,}, {_seconds(r['step'])}, {r['peak MiB']:,.0f} MiB" if r else MISSING for r in rows
         ]
         table.append([str(n), *cells])
-    fitted = [result["exponents"].get(method) for method in methods]
+    fitted = [result.get("exponents", {}).get(method) for method in methods]
     cells = [f"turns^{e['step, seconds']:.2f} (counted: {e['FLOPs, counted']:.2f})" if e else MISSING for e in fitted]
     table.append([f"time, from {result['settings']['fit_from']} turns on", *cells])
     return table
 
 
 def split(result: dict) -> list[list[str]]:
-    rows = _measured(result)
+    whole = next((row for row in _measured(result) if row["parts"] == 1), None)  # without it nothing is compared
     return _columns(
-        rows,
+        result["rows"],
         {
             "": lambda row: f"K = {row['parts']}" if row["method"] == "one-pass" else row["method"],
             "tokens run": lambda row: f"{row['tokens run']:,}",
             "step": lambda row: _seconds(row["step"]),
-            "time over K = 1": lambda row: f"{row['step']['median'] / rows[0]['step']['median']:.2f}×",
+            "time over K = 1": lambda row: _times(ratio(row["step"], whole["step"])) if whole else MISSING,
             "peak memory": lambda row: f"{row['peak MiB']:,.0f} MiB",
-            "over K = 1": lambda row: f"{row['peak MiB'] / rows[0]['peak MiB']:.2f}×",
+            "over K = 1": lambda row: f"{row['peak MiB'] / whole['peak MiB']:.2f}×" if whole else MISSING,
         },
     )
 
 
 def groups(result: dict) -> list[list[str]]:
     return _columns(
-        _measured(result),
+        result["rows"],
         {
             "batch": lambda row: row["group"],
             "": lambda row: row["method"],
@@ -137,7 +142,7 @@ def groups(result: dict) -> list[list[str]]:
 
 def loss_memory(result: dict) -> list[list[str]]:
     return _columns(
-        _measured(result),
+        result["rows"],
         {
             "loss": lambda row: row["loss"],
             "forward and backward": lambda row: _seconds(row["step"]),
@@ -164,28 +169,19 @@ def preprocessing(result: dict) -> list[list[str]]:
 
 
 def accuracy(result: dict) -> list[list[str]]:
-    table = [["", "loss, first and last step", "held-out answers right", "by turn"]]
-    for row in result["rows"]:
-        table.append(
-            [
-                row["model"],
-                f"{row['first loss']:.4f}, {row['last loss']:.4f}",
-                f"{row['right']} of {row['answers']}",
-                ", ".join(map(str, row["right by turn"])),
-            ]
-        )
+    table = _columns(
+        result["rows"],
+        {
+            "": lambda row: row["model"],
+            "loss, first and last step": lambda row: f"{row['first loss']:.4f}, {row['last loss']:.4f}",
+            "held-out answers right": lambda row: f"{row['right']} of {row['answers']}",
+            "by turn": lambda row: ", ".join(map(str, row["right by turn"])),
+        },
+    )
     if "same_texts" not in result:
         return table
-    answers = result["rows"][0]["answers"]
-    table.append(
-        [
-            "difference",
-            f"{result['largest_difference']:.1e} at most",
-            f"{result['same_texts']} of {answers} texts the same",
-            "",
-        ]
-    )
-    return table
+    texts = f"{result['same_texts']} of {result['answers']} texts the same"
+    return [*table, ["difference", f"{result['largest_difference']:.1e} at most", texts, ""]]
 
 
 TABLES: dict[str, Callable[[dict], list[list[str]]]] = {
@@ -202,8 +198,17 @@ def _measured(result: dict) -> list[dict]:
 
 
 def _columns(rows: list[dict], columns: dict[str, Callable[[dict], str]]) -> list[list[str]]:
-    """The heads, and a line for each row."""
-    return [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    """The heads, and a line for each row; of one that failed what there is."""
+
+    def text(cell: Callable[[dict], str], row: dict) -> str:
+        try:
+            return cell(row)
+        except KeyError:
+            if "error" not in row:
+                raise
+            return MISSING
+
+    return [list(columns), *([text(cell, row) for cell in columns.values()] for row in rows)]
 
 
 def _by(rows: list[dict], outer: str, inner: str) -> dict:

@@ -6,7 +6,7 @@ pass, short passes share a part; so the most parts are fewer than the turns, and
 python benchmarks/split.py cpu
 """
 
-from common import Benchmark
+from common import Benchmark, number
 from training import measure_steps
 
 SEQUENCES = "N-pass, sequences, logits at targets"
@@ -29,17 +29,17 @@ def fill(bench: Benchmark) -> None:
 
 def draw(rows: list[dict], over_parts, trade) -> None:
     """Time and memory over K; and one against the other."""
-    ours = [row for row in rows if row["method"] == "one-pass"]
-    parts, seconds, memory = zip(*((row["parts"], row["step"]["median"], row["peak MiB"]) for row in ours))
-    over_parts.plot(parts, [s / seconds[0] for s in seconds], "o-", label="step time")
-    over_parts.plot(parts, [m / memory[0] for m in memory], "s-", label="peak memory")
-    over_parts.plot(parts, [row["tokens run"] / ours[0]["tokens run"] for row in ours], "^:", label="tokens run")
-    over_parts.set(xlabel="parts K", ylabel="over those of one part", ylim=(0, None))
+    ours, others = ([row for row in rows if (row["method"] == "one-pass") == which] for which in (True, False))
+    for value, style in (("step", "o-"), ("peak MiB", "s-"), ("tokens run", "^:")):
+        numbers = [number(row[value]) for row in ours]
+        over_parts.plot([row["parts"] for row in ours], [n / numbers[0] for n in numbers], style, label=value)
+    over_parts.set(xlabel="parts K", ylabel="over those of the fewest parts", ylim=(0, None))
     over_parts.legend()
-    trade.plot(memory, seconds, "o-")
-    for x, y, k in zip(memory, seconds, parts):
-        trade.annotate(f"K = {k}", (x, y), xytext=(5, 5), textcoords="offset points")
-    for row in rows[len(ours) :]:
+    trade.plot([row["peak MiB"] for row in ours], [row["step"]["median"] for row in ours], "o-")
+    for row in ours:
+        at = (row["peak MiB"], row["step"]["median"])
+        trade.annotate(f"K = {row['parts']}", at, xytext=(5, 5), textcoords="offset points")
+    for row in others:
         trade.plot(row["peak MiB"], row["step"]["median"], "kx", label=row["method"])
         trade.legend()
     trade.set(xlabel="peak MiB beyond the weights", ylabel="step, seconds", xlim=(0, None), ylim=(0, None))

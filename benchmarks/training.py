@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
 from common import (
     DEVICE,
+    DTYPE,
     GIVE_BACK,
     Benchmark,
     attempt,
     bars,
     conversation,
+    drawn,
     elapsed,
     in_own_process,
     peak_memory,
@@ -24,40 +27,38 @@ from common import (
 from methods import GROUP_METHODS, METHODS, flat, in_parts
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-import flexmask
+import flexmask.attention
 from flexmask import Pass, share_prefixes, tree_loss
+from flexmask.attention import using_backend
 
-# The shapes of models people fine-tune; weights are random. `layers` can be lowered for a small machine.
+# The shapes of models people fine-tune; weights are random. The number of layers can be lowered for a small machine.
 SHAPES = {
-    "tiny": lambda: LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    "tiny": functools.partial(
+        LlamaConfig, vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16,
     ),
-    "SmolLM2-135M": lambda: LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True,
+    "SmolLM2-135M": functools.partial(
+        LlamaConfig, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
     ),
-    "Qwen3-0.6B": lambda: Qwen3Config(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    "Qwen3-0.6B": functools.partial(
+        Qwen3Config, vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
     ),
-    "Qwen3-1.7B": lambda: Qwen3Config(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    "Qwen3-1.7B": functools.partial(
+        Qwen3Config, vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
     ),
 }  # fmt: skip
 
 
 def build(shape: str, layers: int | None = None, *, vocabulary: int | None = None, checkpointing: bool = False):
-    """A model with random weights: float32 on a CPU, bfloat16 (gradients and optimiser too) on a GPU."""
-    config = SHAPES[shape]()
-    config.max_position_embeddings = 65536
-    config.num_hidden_layers = layers or config.num_hidden_layers
-    config.vocab_size = vocabulary or config.vocab_size
+    """A model with random weights; bfloat16 on a GPU, gradients and optimiser too."""
+    changed = {"num_hidden_layers": layers, "vocab_size": vocabulary}
+    config = SHAPES[shape](max_position_embeddings=65536, **{name: n for name, n in changed.items() if n})
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="flexmask", dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="flexmask", dtype=DTYPE)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -77,7 +78,7 @@ class TrainingStep:
     """
 
     def __init__(self, spec: dict):
-        flexmask.set_backend(spec.get("backend", "auto"))
+        self._backend = spec.get("backend", flexmask.attention._override)
         rng = np.random.default_rng(0)
         vocab = SHAPES[spec["shape"]]().vocab_size
         conversations = [_conversation(rng, spec, vocab) for _ in range(spec["conversations"])]
@@ -88,7 +89,7 @@ class TrainingStep:
         passes = flat(conversations)
         self.tokens = sum(len(p.input_ids) for p in passes)
         self._targets = sum(int(np.sum(p.loss_mask)) for p in passes)
-        self._batches = [_apply(lambda x: x.to(DEVICE), batch) for batch in self.work.batches]
+        self._batches = [{name: x.to(DEVICE) for name, x in batch.items()} for batch in self.work.batches]
         self.model = build(spec["shape"], spec.get("layers"), checkpointing=spec.get("checkpointing", False))
         self.model.set_attn_implementation(self.work.attention)
         if self.work.attention == "flexmask":
@@ -99,15 +100,20 @@ class TrainingStep:
         self.losses: list[float] = []
 
     def __call__(self) -> None:
-        total = torch.zeros((), device=DEVICE)
-        for batch in self._batches:
-            # A copy, because lists of tiles are kept for a tensor, and in training every batch is a new one.
-            loss = _loss(self.model, _apply(torch.clone, batch), self._targets)
-            loss.backward()
-            total += loss.detach()
+        self.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.losses.append(total.item())
+
+    def backward(self) -> None:
+        """Gradients of the mean over all targets, and its value at the end of `losses`."""
+        losses = []
+        for batch in self._batches:
+            # A copy, because lists of tiles are kept for a tensor, and in training every batch is a new one.
+            batch = {name: x.clone() for name, x in batch.items()}
+            with using_backend(self._backend):
+                losses.append(_loss(self.model, batch, self._targets))
+                losses[-1].backward()
+        self.losses.append(sum(loss.detach() for loss in losses).item())
 
     def later_step(self) -> None:
         """A step that begins with the optimiser's states, as every one but the first does."""
@@ -138,17 +144,17 @@ def measure_steps(specs: Sequence[dict]) -> Iterator[dict]:
     """
     if DEVICE == "cuda":
         for spec in specs:
-            yield attempt(lambda spec=spec: _alone(spec))
+            yield attempt(lambda spec=spec: _one_by_one(spec))
         return
-    peaks = [attempt(lambda spec=spec: _ask("memory", spec)) for spec in specs]
+    peaks = [attempt(lambda spec=spec: _ask("memory", [spec])[0]) for spec in specs]
     times = attempt(lambda: {"each": _ask("times", specs)})
     yield from (peak | time for peak, time in zip(peaks, times.get("each", [times] * len(specs)), strict=True))
 
 
-def against_first(bench: Benchmark, methods: Iterable[str], ratios: Callable[[dict, dict], dict]) -> None:
+def against_first(bench: Benchmark, methods: Collection[str], ratios: Callable[[dict, dict], dict]) -> None:
     """A row for every method of every group of the settings, with its `ratios(first, found)` to the group's first method. If
     that fails, the group has no others."""
-    settings = vars(bench.settings)
+    settings, bench.more["methods"] = vars(bench.settings), list(methods)
     for group, what in settings["groups"].items():
         first = None
         for method, found in zip(methods, measure_steps([{**settings, **what, "method": m} for m in methods])):
@@ -169,23 +175,22 @@ def draw_speed_and_memory(rows: list[dict], ratio: str, label: str, speed, memor
     speed.legend(fontsize=7)
 
 
-def _ask(what: str, of):
-    """`_memory` or `_times`; of a model that takes more than a moment in a process of its own."""
-    shape = (of if what == "memory" else of[0])["shape"]
-    if shape == "tiny":
-        return _ANSWERS[what](of)
-    return in_own_process(__file__, what, json.dumps(of), **(GIVE_BACK if what == "memory" else {}))
+def _ask(what: str, specs: Sequence[dict]) -> list[dict]:
+    """`_memory` or `_times` of them; of models that take more than a moment in a process of its own."""
+    if specs[0]["shape"] == "tiny":
+        return _ANSWERS[what](specs)
+    return in_own_process(__file__, what, json.dumps(specs), **(GIVE_BACK if what == "memory" else {}))
 
 
-def _alone(spec: dict) -> dict:
+def _one_by_one(spec: dict) -> dict:
     gc.collect()  # a model that shares prefixes refers to itself
     step = TrainingStep(spec)
     peak = peak_memory(step.later_step)
     return {"peak MiB": peak / 2**20} | _timed(step, [elapsed(step) for _ in range(spec["repeats"])])
 
 
-def _memory(spec: dict) -> dict:
-    return {"peak MiB": peak_memory(TrainingStep(spec).later_step) / 2**20}
+def _memory(specs: Sequence[dict]) -> list[dict]:
+    return [{"peak MiB": peak_memory(TrainingStep(spec).later_step) / 2**20} for spec in specs]
 
 
 def _times(specs: Sequence[dict]) -> list[dict]:
@@ -212,10 +217,6 @@ def _timed(step: TrainingStep, seconds: list[float]) -> dict:
 _ANSWERS = {"memory": _memory, "times": _times}
 
 
-def _apply(function: Callable, batch: dict) -> dict:
-    return {name: function(x) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-
-
 def _conversation(rng: np.random.Generator, spec: dict, vocab: int) -> list[Pass]:
     """Passes of random tokens: of a conversation, or of several completions of one prompt."""
     if "turns" in spec:
@@ -223,17 +224,17 @@ def _conversation(rng: np.random.Generator, spec: dict, vocab: int) -> list[Pass
         turns = int(rng.integers(fewest, most + 1))
         return conversation(rng, turns, *spec["lengths"], vocab, fixed=spec.get("fixed", False))
     prompt, *completions = (
-        rng.integers(0, vocab, rng.integers(n // 2, n * 3 // 2 + 1))
-        for n in [spec["lengths"][0]] + [spec["lengths"][1]] * spec["completions"]
+        rng.integers(0, vocab, drawn(rng, mean))
+        for mean in [spec["lengths"][0]] + [spec["lengths"][1]] * spec["completions"]
     )
     sequences = [np.concatenate([prompt, completion]) for completion in completions]
     return [Pass(ids, np.arange(len(ids)) >= len(prompt)) for ids in sequences]
 
 
 def _loss(model, batch: dict, targets: int) -> torch.Tensor:
-    """The sum over targets, divided by the number of all of them. Trees as `flexmask train` does it, never with all logits;
-    everything else through the library's own loss."""
-    if "subtree_end" in batch:
+    """The sum over targets, divided by the number of all of them. Trees and packed passes as `flexmask train` does it, never
+    with all logits; everything else through the library's own loss."""
+    if "subtree_end" in batch or "pass_lengths" in batch:
         return tree_loss(model, batch, targets)
     return model(**batch, use_cache=False, num_items_in_batch=targets).loss
 

@@ -8,8 +8,9 @@ from models import COMMON, FAMILIES, tiny
 from reference import conversation_passes
 from torch.utils.flop_counter import FlopCounterMode
 
-import flexmask
+import flexmask.attention
 from flexmask import Pass, TokenTree, cost
+from flexmask.attention import using_backend
 from flexmask.collator import to_inputs
 from flexmask.mask import block_lists, count_tiles
 
@@ -97,13 +98,9 @@ def test_tiles_are_those_of_the_lists():
 def test_the_chosen_backend_does_not_matter():
     """Which would have to run on tensors that have no values."""
     config = config_of("Llama", intermediate_size=49)  # of no other test: the count of a configuration is kept
-    before = flexmask.attention._override
-    flexmask.set_backend("triton")
-    try:
+    with using_backend("triton"):
         found = cost(tree_of(), config)
         assert flexmask.attention._override == "triton"
-    finally:
-        flexmask.set_backend(before)
     assert found.one_pass.attention_flops == cost(tree_of(), config_of("Llama")).one_pass.attention_flops > 0
 
 

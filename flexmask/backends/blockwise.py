@@ -3,7 +3,7 @@
 Queries are taken a block at a time. The keys that any of them sees are the ancestors of the block's first query (the
 tokens before it whose subtree reaches it), a few contiguous ranges, and the block itself; nothing else is touched. The
 ancestors' ends never grow along the path, so those that see the whole block come first and only the tail is masked.
-Keys are taken a chunk at a time, so that the scores stay in a core's cache, under a running softmax. The backward
+Keys are taken a chunk at a time, so that the scores stay in the cache, under a running softmax. The backward
 recomputes the probabilities from the saved log-sum-exp. Memory grows linearly with L.
 
     s = softcap(scale · q·kᵀ),  lse = log(Σ exp s + exp sink),  p = exp(s − lse),  o = p·v
@@ -24,8 +24,8 @@ from torch import Tensor
 
 # Larger blocks mean fewer, larger products; smaller ones mask less. Measured on two CPU cores, see benchmarks/LOG.md.
 QUERY_BLOCK = 128
-KEY_CHUNK = 1024
-_LOG2_E = math.log2(math.e)  # exponentials are of base 2, which PyTorch has several times faster on a CPU
+KEY_CHUNK = 1024  # at least QUERY_BLOCK: see `_Tile`
+_LOG2_E = math.log2(math.e)  # exponentials are of base 2, which PyTorch has three times faster on a CPU
 
 
 def attention(

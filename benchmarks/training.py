@@ -144,7 +144,7 @@ def measure_steps(specs: Sequence[dict]) -> Iterator[dict]:
     """
     if DEVICE == "cuda":
         for spec in specs:
-            yield attempt(lambda spec=spec: _one_by_one(spec))
+            yield attempt(lambda spec=spec: _on_the_gpu(spec))
         return
     peaks = [attempt(lambda spec=spec: _ask("memory", [spec])[0]) for spec in specs]
     times = attempt(lambda: {"each": _ask("times", specs)})
@@ -182,7 +182,7 @@ def _ask(what: str, specs: Sequence[dict]) -> list[dict]:
     return in_own_process(__file__, what, json.dumps(specs), **(GIVE_BACK if what == "memory" else {}))
 
 
-def _one_by_one(spec: dict) -> dict:
+def _on_the_gpu(spec: dict) -> dict:
     gc.collect()  # a model that shares prefixes refers to itself
     step = TrainingStep(spec)
     peak = peak_memory(step.later_step)

@@ -55,7 +55,6 @@ def fill(bench: Benchmark) -> None:
     ours, theirs = (np.array(losses[method]) for method in ("one-pass", "N-pass"))
     bench.more["largest_difference"] = float(np.abs(ours - theirs).max())
     bench.more["same_texts"] = sum(a == b for a, b in zip(texts["one-pass"], texts["N-pass"]))
-    bench.more["answers"] = len(texts["one-pass"])
 
 
 def train(make_trainer, model, batches, tokenizer, settings) -> tuple[list[float], float]:

@@ -219,7 +219,7 @@ def bars(axis, rows: list[dict], group: str, kind: str, value: str, mark: str | 
         axis.bar(at, [number(row[value]) for row in of_kind], 0.8 / len(kinds), label=name)
         if mark:
             axis.plot(at, [row[mark] for row in of_kind], "k_", markersize=12)
-    axis.set_xticks(range(len(groups)), groups, fontsize=7)
+    axis.set_xticks(range(len(groups)), [str(name).replace(", ", ",\n") for name in groups], fontsize=7)
 
 
 def repeat_heads(query: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -180,8 +180,8 @@ def accuracy(result: dict) -> list[list[str]]:
     )
     if "same_texts" not in result:
         return table
-    texts = f"{result['same_texts']} of {result['answers']} texts the same"
-    return [*table, ["difference", f"{result['largest_difference']:.1e} at most", texts, ""]]
+    same = f"{result['same_texts']} texts the same"
+    return [*table, ["difference", f"{result['largest_difference']:.1e} at most", same, ""]]
 
 
 TABLES: dict[str, Callable[[dict], list[list[str]]]] = {

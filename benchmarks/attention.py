@@ -15,6 +15,7 @@ import torch
 from common import (
     CONVERSATIONS,
     DEVICE,
+    PLAIN,
     Benchmark,
     additive_mask,
     attempt,
@@ -33,9 +34,6 @@ from flexmask.mask import BLOCK_SIZE, block_lists, count_tiles, mask_mod, tree_b
 
 # Without this a symbolic length makes FlexAttention's backward refuse retain_graph, by which it is timed alone.
 torch._functorch.config.donated_buffer = False
-
-
-PLAIN = "SDPA, plain causal"
 
 
 def row_of(length: int, turns: tuple) -> torch.Tensor:

@@ -7,6 +7,7 @@ python benchmarks/kernel_configs.py gpu
 
 import contextlib
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import astuple, replace
 from itertools import product
@@ -62,6 +63,8 @@ def compile_one(config: Config, settings, head_dim: int) -> None:
 
 
 def main() -> None:
+    if DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("kernel_configs needs a CUDA device, or TRITON_INTERPRET=1 (smoke)")
     bench = Benchmark("kernel_configs", __doc__)
     bench.run(lambda: fill(bench), lambda *axes: draw(bench.rows, *axes), width=13, panels=3)
     for head_dim, kernel in product(bench.settings.head_dims, KERNELS):

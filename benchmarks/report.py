@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from common import ratio
+from common import PLAIN, ratio
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
@@ -86,7 +86,9 @@ def attention(result: dict) -> list[list[str]]:
             "row": lambda row: row["conversation"],
             "tokens": lambda row: f"{row['length']:,}",
             "heads": lambda row: row["heads"],
-            "visible, of visited tiles": lambda row: f"{row['visible']:.0%}, {row['visible of visited tiles']:.0%}",
+            "visible, of visited tiles": lambda row: (
+                MISSING if row["attention"] == PLAIN else f"{row['visible']:.0%}, {row['visible of visited tiles']:.0%}"
+            ),
             "attention": lambda row: row["attention"],
             "forward": lambda row: _milliseconds(row["forward"]),
             "backward": lambda row: _milliseconds(row["backward"]),
@@ -237,4 +239,7 @@ def _milliseconds(measured: dict) -> str:
 
 if __name__ == "__main__":
     for page in PAGES:
-        page.write_text(render(page.read_text()))
+        before = page.read_text()
+        after = render(before)
+        page.write_text(after)
+        print(f"{page.relative_to(HERE.parent)}: {'as it was' if after == before else 'written'}")

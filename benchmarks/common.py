@@ -261,13 +261,12 @@ def _commit() -> str:
     """Of the code that runs; `-dirty` if other code than that, results and pages aside. Without git, what COMMIT says."""
     code = ["--", ":/", ":(top,exclude)*.md", ":(top,exclude)benchmarks/results"]
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=True).stdout.strip()
         changed = subprocess.run(["git", "diff", "--quiet", "HEAD", *code], capture_output=True, cwd=HERE)
-    except FileNotFoundError:
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT", "unknown")
-    if commit.returncode:
-        return os.environ.get("COMMIT", "unknown")
-    return commit.stdout.strip() + "-dirty" * (changed.returncode == 1)
+    return commit + "-dirty" * (changed.returncode == 1)
 
 
 def _environment() -> list[str]:

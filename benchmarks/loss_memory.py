@@ -14,7 +14,7 @@ import numpy as np
 from common import DEVICE, DTYPE, Benchmark, Vocabulary, attempt, bars, in_own_process, measure, peak_memory
 from training import build
 
-import flexmask
+import flexmask.attention
 from flexmask import OnePassCollator, Pass, TokenTree, tree_loss
 
 LOSSES = {
@@ -43,7 +43,7 @@ def _measure(spec: dict) -> dict:
         flexmask.loss.CHUNK_LOGITS = spec["chunk_logits"]
     if "library" in spec["loss"] and flexmask.loss._library_loss(DEVICE, DTYPE) is None:
         raise NotImplementedError("no library's loss for this device and dtype is installed")
-    flexmask.set_backend(spec.get("backend", "auto"))
+    flexmask.set_backend(spec.get("backend", flexmask.attention._override))
     model = build(spec["shape"], 1, vocabulary=spec["vocabulary"])
     ids = np.random.default_rng(0).integers(0, spec["vocabulary"], spec["targets"] + 1)
     tree = TokenTree.from_passes([Pass(ids, np.arange(len(ids)) > 0)])

@@ -46,9 +46,10 @@ def in_parts(conversations: Sequence[Sequence[Pass]], vocab: int, parts: int) ->
         while low < high:  # the fewest tokens that do with so many parts
             middle = (low + high) // 2
             low, high = (low, middle) if len(split(tree, middle)) <= parts else (middle + 1, high)
-        trees += split(tree, low)
-        if len(split(tree, low)) != parts:
+        found = split(tree, low)
+        if len(found) != parts:
             raise ValueError(f"the tree cannot be split into {parts} parts by a limit of tokens")
+        trees += found
     return Work("flexmask", _batches(trees, vocab), _counted(trees))
 
 
@@ -80,9 +81,9 @@ def padded(conversations, vocab, max_tokens):
 
 
 def packed(conversations, vocab, max_tokens):
-    """N-pass, passes packed into rows in which no pass sees another, and the loss of one-pass: the only thing that is not
-    shared is the history. On a CPU causal SDPA on each pass by itself; on a GPU, where so many calls would cost more than what
-    they compute, our kernels, which skip the tiles between passes (a tree without forks is a document mask)."""
+    """N-pass, passes packed into rows in which no pass sees another, with the loss of one-pass. On a CPU causal SDPA on each
+    pass by itself; on a GPU, where so many calls would cost more than what they compute, our kernels, which skip the tiles
+    between passes (a tree without forks is a document mask)."""
     rows = pack(_single_trees(flat(conversations)), max_tokens)
     if DEVICE == "cuda":
         return Work("flexmask", _batches(rows, vocab), _counted(rows))

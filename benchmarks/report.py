@@ -59,7 +59,7 @@ def npass(result: dict) -> list[list[str]]:
 
 def headline(result: dict) -> list[list[str]]:
     """One-pass against N-pass as it is usual, and against the N-pass that it is least faster than. Of complete groups."""
-    usual, ratio = "N-pass, sequences", "one-pass is faster by"
+    usual, faster_by = "N-pass, sequences", "one-pass is faster by"
     table = [
         ["conversations", "tokens", "one sequence at a time", "the best N-pass", "one-pass", "faster by", "predicted"]
     ]
@@ -67,11 +67,13 @@ def headline(result: dict) -> list[list[str]]:
         done = {method: row for method, row in of.items() if "error" not in row}
         if not {"one-pass", usual} <= set(done) or set(of) != set(result["methods"]):
             continue
-        best = min((method for method in done if method.startswith("N-pass")), key=lambda m: done[m][ratio]["median"])
+        best = min(
+            (method for method in done if method.startswith("N-pass")), key=lambda m: done[m][faster_by]["median"]
+        )
         failed = "".join(f"; {method} failed" for method in of if method not in done)
         times = [f"{done[method]['step']['median']:.1f} s" for method in (usual, best, "one-pass")]
         times[1] += f" ({best.removeprefix('N-pass, ')}{failed})"
-        faster = ", ".join(_times(done[method][ratio]) for method in (usual, best))
+        faster = ", ".join(_times(done[method][faster_by]) for method in (usual, best))
         predicted = ", ".join(f"{done[method]['predicted']:.2f}×" for method in (usual, best))
         tokens = f"{done[usual]['tokens']:,} → {done['one-pass']['tokens run']:,}"
         table.append([group, tokens, *times, faster, predicted])

@@ -1,4 +1,5 @@
-"""Attention on a row of conversations: our backends, and what a user would pick instead. Forward, and backward by itself.
+"""Attention on a row of conversations: our backends, and what a user would pick instead. Forward, and backward by itself
+(on a CPU FlexAttention has none).
 
 TFLOP/s are over visible pairs: forward 4 · heads · head_dim · pairs, backward 2.5 times that. One contender computes
 something else, as a yardstick: SDPA on a plain causal sequence of the same length, whose pairs are L (L + 1) / 2. The output
@@ -32,6 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flexmask import TokenTree, tree_attention
 from flexmask.mask import BLOCK_SIZE, block_lists, count_tiles, mask_mod, tree_block_mask
 
+LIBRARY = "FlexAttention, create_block_mask"
 # Without this a symbolic length makes FlexAttention's backward refuse retain_graph, by which it is timed alone.
 torch._functorch.config.donated_buffer = False
 
@@ -56,6 +58,7 @@ class Tree:
 
     def __init__(self, backend: str):
         self.backend = backend
+        self.has_backward = backend != "flex" or DEVICE == "cuda"
 
     def mask(self, ends):
         return block_lists(ends) if self.backend != "blockwise" else None
@@ -66,6 +69,8 @@ class Tree:
 
 class Flex:
     """FlexAttention by itself, compiled for each length as it is."""
+
+    has_backward = DEVICE == "cuda"
 
     def __init__(self, make_mask, **options):
         torch._dynamo.reset()  # past its limit of recompilations FlexAttention would run dense, silently
@@ -82,6 +87,8 @@ class Flex:
 class Dense:
     """SDPA with the dense mask, keys and values repeated."""
 
+    has_backward = True
+
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
 
@@ -95,6 +102,8 @@ class Dense:
 
 class PlainCausal:
     """SDPA on one plain sequence, with its flash kernel where the dtype has one: the ceiling of what PyTorch ships."""
+
+    has_backward = True
 
     def mask(self, ends):
         return None
@@ -115,6 +124,8 @@ def contenders(device: str) -> dict:
             "blockwise": lambda dtype: Tree("blockwise"),
             "SDPA, dense mask": Dense,
             PLAIN: lambda dtype: PlainCausal(),
+            "flex": lambda dtype: Tree("flex"),
+            LIBRARY: lambda dtype: Flex(library_mask),
         }
     return {
         "triton": lambda dtype: Tree("triton"),
@@ -122,7 +133,7 @@ def contenders(device: str) -> dict:
         PLAIN: lambda dtype: PlainCausal(),
         "SDPA, dense mask": Dense,
         "FlexAttention, our BlockMask, static": lambda dtype: Flex(tree_block_mask),
-        "FlexAttention, create_block_mask": lambda dtype: Flex(library_mask),
+        LIBRARY: lambda dtype: Flex(library_mask),
         "FlexAttention, our BlockMask, max-autotune": lambda dtype: Flex(
             tree_block_mask, mode="max-autotune-no-cudagraphs"
         ),
@@ -135,15 +146,16 @@ def visible_pairs(ends: torch.Tensor) -> int:
 
 
 def output_and_gradients(attend, tensors) -> list[torch.Tensor]:
+    """Without gradients, where the tensors need none."""
     q, k, v, grad = tensors
     out = attend()
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+    return [out.detach(), *(torch.autograd.grad(out, (q, k, v), grad) if out.requires_grad else ())]
 
 
 def check_equal(found: list[torch.Tensor], right: list[torch.Tensor], dtype: torch.dtype) -> None:
     """Raises: ValueError, if one of them is further off, as a norm, than rounding to its dtype explains."""
     bound = 1e-4 if dtype == torch.float32 else 3e-2
-    for name, a, b in zip(("output", "dq", "dk", "dv"), found, right, strict=True):
+    for name, (a, b) in zip(("output", "dq", "dk", "dv"), zip(found, right, strict=True)):
         error = ((a.float() - b.float()).norm() / b.float().norm()).item()
         if not error < bound:
             raise ValueError(f"{name} differs from that of blockwise by {error:.1e}")
@@ -156,6 +168,8 @@ def compare(name: str, make, tensors, ends, right: list[torch.Tensor], repeats: 
     pairs = length * (length + 1) // 2 if name == PLAIN else visible_pairs(ends)
     work = 4 * heads * head_dim * pairs / 1e12
     contender, found, row = make(q.dtype), [], {}
+    if not contender.has_backward:
+        tensors = q, k, v, grad = [x.detach() for x in tensors]
     if DEVICE == "cuda":
         row["mask, MiB"] = peak_memory(lambda: contender.mask(ends.clone())) / 2**20
     row["mask"] = measure(lambda: contender.mask(ends.clone()), 3)  # a clone, since lists are kept for a tensor
@@ -166,15 +180,15 @@ def compare(name: str, make, tensors, ends, right: list[torch.Tensor], repeats: 
 
     row["first result"] = elapsed(lambda: found.extend(output_and_gradients(attend, tensors)))
     if name != PLAIN:
-        check_equal(found, right, q.dtype)
+        check_equal(found, right if contender.has_backward else right[:1], q.dtype)
     with torch.no_grad():
         row["forward"] = measure(attend, repeats)
-    out = attend()
-    row["backward"] = measure(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), repeats)
-    return row | {
-        "forward TFLOP/s": work / row["forward"]["median"],
-        "backward TFLOP/s": 2.5 * work / row["backward"]["median"],
-    }
+    row["forward TFLOP/s"] = work / row["forward"]["median"]
+    if contender.has_backward:
+        out = attend()
+        row["backward"] = measure(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), repeats)
+        row["backward TFLOP/s"] = 2.5 * work / row["backward"]["median"]
+    return row
 
 
 def main() -> None:
@@ -216,7 +230,8 @@ def draw(rows: list[dict], *axes) -> None:
     length, same = max(row["length"] for row in rows), ("heads", "dtype")
     chosen = [r for r in rows if r["length"] == length and all(r[name] == rows[0][name] for name in same)]
     for axis, direction in zip(axes, ("forward", "backward")):
-        bars(axis, chosen, "conversation", "attention", f"{direction} TFLOP/s")
+        value = f"{direction} TFLOP/s"
+        bars(axis, [row for row in chosen if value in row], "conversation", "attention", value)
         axis.set(title=f"{direction}, {length:,} tokens, {rows[0]['dtype']}", ylabel="TFLOP/s over visible pairs")
     axes[0].legend(fontsize=7)
 

@@ -149,6 +149,10 @@ class Benchmark:
         if self.args.size.startswith("gpu") and DEVICE != "cuda":
             parser.error(f"the size {self.args.size} needs a CUDA device, and PyTorch finds none")
         self.settings = argparse.Namespace(**sizes[self.args.size] or {})
+        files = (text for text in _strings(vars(self.settings)) if text.startswith("data/"))
+        missing = [path for path in files if not Path(path).exists()]
+        if missing:
+            parser.error(f"not in this folder: {', '.join(missing)}; benchmarks/README.md, Data, tells where to get it")
         self.rows: list[dict] = []
         self.more: dict = {}
         self.finished = False
@@ -255,6 +259,13 @@ def versions() -> dict[str, str]:
     if DEVICE == "cuda":
         found["cuda"] = torch.version.cuda
     return found
+
+
+def _strings(value) -> list[str]:
+    """Those in nested settings."""
+    if isinstance(value, dict | list):
+        return [found for item in (value.values() if isinstance(value, dict) else value) for found in _strings(item)]
+    return [value] if isinstance(value, str) else []
 
 
 def _commit() -> str:

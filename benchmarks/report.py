@@ -93,8 +93,10 @@ def attention(result: dict) -> list[list[str]]:
             ),
             "attention": lambda row: row["attention"],
             "forward": lambda row: _milliseconds(row["forward"]),
-            "backward": lambda row: _milliseconds(row["backward"]),
-            "TFLOP/s, forward, backward": lambda row: f"{row['forward TFLOP/s']:.3g}, {row['backward TFLOP/s']:.3g}",
+            "backward": lambda row: _milliseconds(row["backward"]) if "backward" in row else MISSING,
+            "TFLOP/s, forward, backward": lambda row: ", ".join(
+                f"{row[value]:.3g}" for value in ("forward TFLOP/s", "backward TFLOP/s") if value in row
+            ),
         },
     )
 

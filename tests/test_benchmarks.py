@@ -211,6 +211,17 @@ def test_interrupted_results_say_so(tmp_path):
     assert result["rows"] == [{"row": 1}] and not result["finished"]
 
 
+@pytest.mark.parametrize("name", ["accuracy", "preprocessing"])
+def test_missing_data_is_named(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        common.Benchmark(name, "", ["cpu"])
+    assert re.search("not in this folder: .*data/mathchat_followup.jsonl.*README.md, Data", capsys.readouterr().err)
+    (tmp_path / "data" / "smollm2").mkdir(parents=True)
+    (tmp_path / "data" / "mathchat_followup.jsonl").touch()
+    common.Benchmark(name, "", ["cpu"])
+
+
 def test_other_attention_is_refused():
     right = [torch.ones(3)] * 4
     check_equal([x + 1e-5 for x in right], right, torch.float32)

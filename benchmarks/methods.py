@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from common import DEVICE, DTYPE, Vocabulary, additive_mask, repeat_heads
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from flexmask import OnePassCollator, Pass, TokenTree, cost, pack, split
@@ -81,13 +82,15 @@ def padded(conversations, vocab, max_tokens):
 
 
 def packed(conversations, vocab, max_tokens):
-    """N-pass, passes packed into rows in which no pass sees another, with the loss of one-pass. On a CPU causal SDPA on each
-    pass by itself; on a GPU, where so many calls would cost more than what they compute, our kernels, which skip the tiles
-    between passes (a tree without forks is a document mask)."""
+    """N-pass, passes packed into rows in which no pass sees another, with the loss of one-pass."""
     rows = pack(_single_trees(flat(conversations)), max_tokens)
-    if DEVICE == "cuda":
-        return Work("flexmask", _batches(rows, vocab), _counted(rows))
-    return Work("sdpa-by-pass", [_one_after_the_other(row) for row in rows], _counted(rows))
+    return Work("by-pass", [_one_after_the_other(row) for row in rows], _counted(rows))
+
+
+def packed_trees(conversations, vocab, max_tokens):
+    """The same with our attention: to it a tree without forks is a document, and it skips the tiles between documents."""
+    rows = pack(_single_trees(flat(conversations)), max_tokens)
+    return Work("flexmask", _batches(rows, vocab), _counted(rows))
 
 
 def interleaved(conversations, vocab, max_tokens):
@@ -127,6 +130,8 @@ METHODS: dict[str, Callable[..., Work]] = {
     "N-pass, packed": packed,
     "published one-pass": interleaved,
 }
+if DEVICE == "cuda":  # our attention beside the library's, to tell layout and kernel apart
+    METHODS["N-pass, packed, our kernels"] = packed_trees
 GROUP_METHODS = {"padded batch": aligned, "padded batch, share_prefixes": shared, "trees": one_pass}
 
 
@@ -253,7 +258,13 @@ def _dense_attention(module, query, key, value, attention_mask, *, dense_mask, s
 
 
 def _attention_by_pass(module, query, key, value, attention_mask, *, pass_lengths, scaling=None, **kwargs):
-    """Causal SDPA on one pass after the other (their lengths are a keyword of the model's call)."""
+    """Causal attention on each pass by itself (their lengths are a keyword of the model's call): on a GPU FlashAttention on
+    all at once, elsewhere SDPA on one after the other."""
+    if DEVICE == "cuda":
+        starts = pad(pass_lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        longest = int(pass_lengths.max())  # which waits for the GPU, microseconds in a layer's milliseconds
+        tensors = (x[0].transpose(0, 1) for x in (query, *repeat_heads(query, key, value)))
+        return varlen_attn(*tensors, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0))[None], None
     outs = [
         scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)
         for q, k, v in zip(*(x.split(pass_lengths.tolist(), 2) for x in (query, key, value)))
@@ -261,6 +272,6 @@ def _attention_by_pass(module, query, key, value, attention_mask, *, pass_length
     return torch.cat(outs, 1), None
 
 
-for name, attention in (("dense-mask", _dense_attention), ("sdpa-by-pass", _attention_by_pass)):
+for name, attention in (("dense-mask", _dense_attention), ("by-pass", _attention_by_pass)):
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, lambda **_: None)

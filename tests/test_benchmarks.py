@@ -1,6 +1,8 @@
 """Every benchmark runs in its smallest size, measures what it says, and the tables of the pages are those of the results."""
 
 import contextlib
+import functools
+import inspect
 import json
 import os
 import re
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 import flexmask.attention
@@ -23,7 +27,7 @@ import report  # noqa: E402
 import training  # noqa: E402
 from attention import check_equal  # noqa: E402
 from memory import needs_linux  # noqa: E402
-from methods import GROUP_METHODS, METHODS  # noqa: E402
+from methods import GROUP_METHODS, METHODS, packed_trees  # noqa: E402
 
 SAME_LOSS = {"npass": "group", "groups": "group", "growth": "turns", "split": None}  # rows that agree in this
 NAMES = sorted(path.stem for path in (BENCHMARKS / "configs").glob("*.yaml"))
@@ -110,6 +114,36 @@ def test_all_methods_have_the_same_gradients(methods):
         assert other == pytest.approx(loss, rel=1e-5)
         for a, b in zip(found, right, strict=True):
             assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_packed_passes_of_a_gpu(monkeypatch):
+    """FlashAttention, of which there is the signature here and a stand-in, and our attention train as what a CPU does."""
+    signature, calls = inspect.signature(varlen_attn), []
+
+    def stand_in(*args, **options):
+        of = signature.bind(*args, **options).arguments
+        calls.append(of["max_q"])
+        starts = of["cu_seq_q"]
+        lengths = starts.diff().tolist()
+        assert starts.dtype == of["cu_seq_k"].dtype == torch.int32 and of["window_size"] == (-1, 0)
+        assert starts[0] == 0 and starts[-1] == len(of["query"]) and of["max_q"] == of["max_k"] == max(lengths)
+        passes = zip(*(of[name].transpose(0, 1).split(lengths, 1) for name in ("query", "key", "value")))
+        attend = functools.partial(scaled_dot_product_attention, is_causal=True, scale=of["scale"])
+        return torch.cat([attend(*of_one) for of_one in passes], 1).transpose(0, 1)
+
+    def gradients(method):
+        step = training.TrainingStep(spec(method))
+        step.backward()
+        return step.losses[0], torch.cat([weights.grad.flatten() for weights in step.model.parameters()])
+
+    loss, right = gradients("N-pass, packed")
+    monkeypatch.setattr("methods.DEVICE", "cuda")
+    monkeypatch.setattr("methods.varlen_attn", stand_in)
+    monkeypatch.setitem(METHODS, "ours", packed_trees)
+    for method in ("N-pass, packed", "ours"):
+        other, found = gradients(method)
+        assert other == pytest.approx(loss, rel=1e-5) and (found - right).norm() <= 1e-4 * right.norm()
+    assert calls
 
 
 def test_every_step_has_its_backend():

@@ -35,13 +35,13 @@ def fill(bench: Benchmark) -> None:
     batches = [trees[i : i + settings.conversations] for i in range(0, len(trees), settings.conversations)]
     problems = [tree.passes() for tree in build_trees(held_out, tokenizer).trees]
 
-    texts = {}
+    answers = {}
     losses = bench.more["losses"] = {}
     for method, make_trainer in (("one-pass", one_pass_trainer), ("N-pass", n_pass_trainer)):
         set_seed(0)
         model, _ = load_model(ModelArguments(settings.model), conversations)
         losses[method], seconds = train(make_trainer, model, batches, tokenizer, settings)
-        texts[method], right = answer(model, tokenizer, problems, settings)
+        answers[method], right = answer(model, tokenizer, problems, settings)
         bench.add(
             model=method, seconds=seconds,
             **{
@@ -54,7 +54,7 @@ def fill(bench: Benchmark) -> None:
         )  # fmt: skip
     ours, theirs = (np.array(losses[method]) for method in ("one-pass", "N-pass"))
     bench.more["largest_difference"] = float(np.abs(ours - theirs).max())
-    bench.more["same_texts"] = sum(a == b for a, b in zip(texts["one-pass"], texts["N-pass"]))
+    bench.more["same_texts"] = sum(a == b for a, b in zip(answers["one-pass"], answers["N-pass"]))
 
 
 def train(make_trainer, model, batches, tokenizer, settings) -> tuple[list[float], float]:
@@ -99,14 +99,15 @@ def n_pass_trainer(model, args, batches: list[list[TokenTree]], tokenizer) -> Tr
 
 
 @torch.no_grad()
-def answer(model, tokenizer, problems: list[list[Pass]], settings) -> tuple[list[str], list[list[bool]]]:
-    """What the model says to every turn of every problem, and whether its last number is that of the true response."""
+def answer(model, tokenizer, problems: list[list[Pass]], settings) -> tuple[list[list[int]], list[list[bool]]]:
+    """The tokens with which the model answers every turn of every problem, up to the end of the turn; and whether the last
+    number is that of the true response."""
     model.set_attn_implementation("sdpa")
     model.eval()
     passes = [p for passes in problems for p in passes]
     prompts, targets = zip(*((p.input_ids[~p.loss_mask], p.input_ids[p.loss_mask]) for p in passes))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
+    answers, end = [[]] * len(prompts), int(targets[0][-1])
     tokenizer.padding_side = "left"
     for start in range(0, len(order), settings.generate_batch):
         some = order[start : start + settings.generate_batch]
@@ -115,16 +116,14 @@ def answer(model, tokenizer, problems: list[list[Pass]], settings) -> tuple[list
             **batch,
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
-            eos_token_id=int(targets[0][-1]),
+            eos_token_id=end,
             pad_token_id=tokenizer.pad_token_id,
         )
-        for i, text in zip(some, tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :])):
-            texts[i] = text
-    right = iter(
-        number(text) is not None and number(text) == number(tokenizer.decode(target))
-        for text, target in zip(texts, targets)
-    )
-    return texts, [[next(right) for _ in passes] for passes in problems]
+        for i, tokens in zip(some, generated[:, batch["input_ids"].shape[1] :].tolist()):
+            answers[i] = tokens[: tokens.index(end) + 1] if end in tokens else tokens  # what follows is padding
+    numbers, expected = ([number(text) for text in tokenizer.batch_decode(of)] for of in (answers, targets))
+    right = iter(a is not None and a == b for a, b in zip(numbers, expected))
+    return answers, [[next(right) for _ in passes] for passes in problems]
 
 
 def number(text: str) -> float | None:

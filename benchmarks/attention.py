@@ -8,7 +8,7 @@ and gradients of all others must be those of `blockwise`.
 python benchmarks/attention.py cpu
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import numpy as np
@@ -33,7 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flexmask import TokenTree, tree_attention
 from flexmask.mask import BLOCK_SIZE, block_lists, count_tiles, mask_mod, tree_block_mask
 
-LIBRARY = "FlexAttention, create_block_mask"
+BY_HAND = "FlexAttention, create_block_mask"
 # Without this a symbolic length makes FlexAttention's backward refuse retain_graph, by which it is timed alone.
 torch._functorch.config.donated_buffer = False
 
@@ -58,7 +58,6 @@ class Tree:
 
     def __init__(self, backend: str):
         self.backend = backend
-        self.has_backward = backend != "flex" or DEVICE == "cuda"
 
     def mask(self, ends):
         return block_lists(ends) if self.backend != "blockwise" else None
@@ -69,8 +68,6 @@ class Tree:
 
 class Flex:
     """FlexAttention by itself, compiled for each length as it is."""
-
-    has_backward = DEVICE == "cuda"
 
     def __init__(self, make_mask, **options):
         torch._dynamo.reset()  # past its limit of recompilations FlexAttention would run dense, silently
@@ -87,8 +84,6 @@ class Flex:
 class Dense:
     """SDPA with the dense mask, keys and values repeated."""
 
-    has_backward = True
-
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
 
@@ -103,8 +98,6 @@ class Dense:
 class PlainCausal:
     """SDPA on one plain sequence, with its flash kernel where the dtype has one: the ceiling of what PyTorch ships."""
 
-    has_backward = True
-
     def mask(self, ends):
         return None
 
@@ -112,32 +105,28 @@ class PlainCausal:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def library_mask(ends):
+def mask_by_hand(ends):
     length = ends.shape[1]
     return torch.compile(create_block_mask)(mask_mod(ends), 1, None, length, length, device=ends.device)
 
 
-def contenders(device: str) -> dict:
-    """name -> a function of the dtype that makes the contender; what takes long to compile last."""
+def contenders(device: str) -> list[dict[str, Callable]]:
+    """name -> a function of the dtype that makes the contender. Those that take longest to compile are measured after
+    everything else."""
+    dense, plain = {"SDPA, dense mask": Dense}, {PLAIN: lambda dtype: PlainCausal()}
+    flex, by_hand = {"flex": lambda dtype: Tree("flex")}, {BY_HAND: lambda dtype: Flex(mask_by_hand)}
     if device == "cpu":
-        return {
-            "blockwise": lambda dtype: Tree("blockwise"),
-            "SDPA, dense mask": Dense,
-            PLAIN: lambda dtype: PlainCausal(),
-            "flex": lambda dtype: Tree("flex"),
-            LIBRARY: lambda dtype: Flex(library_mask),
-        }
-    return {
-        "triton": lambda dtype: Tree("triton"),
-        "flex": lambda dtype: Tree("flex"),
-        PLAIN: lambda dtype: PlainCausal(),
-        "SDPA, dense mask": Dense,
-        "FlexAttention, our BlockMask, static": lambda dtype: Flex(tree_block_mask),
-        LIBRARY: lambda dtype: Flex(library_mask),
-        "FlexAttention, our BlockMask, max-autotune": lambda dtype: Flex(
-            tree_block_mask, mode="max-autotune-no-cudagraphs"
-        ),
-    }
+        return [{"blockwise": lambda dtype: Tree("blockwise")} | dense | plain | flex | by_hand]
+    return [
+        {"triton": lambda dtype: Tree("triton")} | flex | plain | dense,
+        {"FlexAttention, our BlockMask, static": lambda dtype: Flex(tree_block_mask)}
+        | by_hand
+        | {
+            "FlexAttention, our BlockMask, max-autotune": lambda dtype: Flex(
+                tree_block_mask, mode="max-autotune-no-cudagraphs"
+            )
+        },
+    ]
 
 
 def visible_pairs(ends: torch.Tensor) -> int:
@@ -146,7 +135,7 @@ def visible_pairs(ends: torch.Tensor) -> int:
 
 
 def output_and_gradients(attend, tensors) -> list[torch.Tensor]:
-    """Without gradients, where the tensors need none."""
+    """The output alone where the tensors need no gradients."""
     q, k, v, grad = tensors
     out = attend()
     return [out.detach(), *(torch.autograd.grad(out, (q, k, v), grad) if out.requires_grad else ())]
@@ -168,7 +157,8 @@ def compare(name: str, make, tensors, ends, right: list[torch.Tensor], repeats: 
     pairs = length * (length + 1) // 2 if name == PLAIN else visible_pairs(ends)
     work = 4 * heads * head_dim * pairs / 1e12
     contender, found, row = make(q.dtype), [], {}
-    if not contender.has_backward:
+    differentiable = DEVICE == "cuda" or name not in ("flex", BY_HAND)
+    if not differentiable:
         tensors = q, k, v, grad = [x.detach() for x in tensors]
     if DEVICE == "cuda":
         row["mask, MiB"] = peak_memory(lambda: contender.mask(ends.clone())) / 2**20
@@ -178,13 +168,14 @@ def compare(name: str, make, tensors, ends, right: list[torch.Tensor], repeats: 
     def attend():
         return contender.attend(q, k, v, ends, mask)
 
-    row["first result"] = elapsed(lambda: found.extend(output_and_gradients(attend, tensors)))
+    with torch.set_grad_enabled(differentiable):
+        row["first result"] = elapsed(lambda: found.extend(output_and_gradients(attend, tensors)))
     if name != PLAIN:
-        check_equal(found, right if contender.has_backward else right[:1], q.dtype)
+        check_equal(found, right if differentiable else right[:1], q.dtype)
     with torch.no_grad():
         row["forward"] = measure(attend, repeats)
     row["forward TFLOP/s"] = work / row["forward"]["median"]
-    if contender.has_backward:
+    if differentiable:
         out = attend()
         row["backward"] = measure(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), repeats)
         row["backward TFLOP/s"] = 2.5 * work / row["backward"]["median"]
@@ -215,13 +206,11 @@ def problems(settings) -> Iterator[tuple[dict, list[torch.Tensor], torch.Tensor]
 
 
 def fill(bench: Benchmark) -> None:
-    names = contenders(DEVICE)
-    # The contenders that take longest to compile come after everything else.
-    for some in filter(None, (list(names)[:4], list(names)[4:])):
+    for some in contenders(DEVICE):
         for what, tensors, ends in problems(bench.settings):
             right = output_and_gradients(lambda: tree_attention(*tensors[:3], ends, backend="blockwise"), tensors)
-            for name in some:
-                found = attempt(lambda: compare(name, names[name], tensors, ends, right, bench.settings.repeats))
+            for name, make in some.items():
+                found = attempt(lambda: compare(name, make, tensors, ends, right, bench.settings.repeats))
                 bench.add(**what, attention=name, **found)
 
 

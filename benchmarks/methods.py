@@ -6,6 +6,7 @@ Each method is a function (conversations, vocabulary, max_tokens of a row or bat
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from flexmask import OnePassCollator, Pass, TokenTree, cost, pack, split
 from flexmask.collator import to_batch
 from flexmask.cost import Cost
-from flexmask.mask import BLOCK_SIZE, count_tiles
+from flexmask.mask import BLOCK_SIZE, count_tiles, once_per_forward
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def padded(conversations, vocab, max_tokens):
 def packed(conversations, vocab, max_tokens):
     """N-pass, passes packed into rows in which no pass sees another, with the loss of one-pass."""
     rows = pack(_single_trees(flat(conversations)), max_tokens)
-    return Work("by-pass", [_one_after_the_other(row) for row in rows], _counted(rows))
+    return Work("each-pass", [_one_after_the_other(row) for row in rows], _counted(rows))
 
 
 def packed_trees(conversations, vocab, max_tokens):
@@ -257,14 +258,14 @@ def _dense_attention(module, query, key, value, attention_mask, *, dense_mask, s
     return out.transpose(1, 2).contiguous(), None
 
 
-def _attention_by_pass(module, query, key, value, attention_mask, *, pass_lengths, scaling=None, **kwargs):
+def _attention_of_each_pass(module, query, key, value, attention_mask, *, pass_lengths, scaling=None, **kwargs):
     """Causal attention on each pass by itself (their lengths are a keyword of the model's call): on a GPU FlashAttention on
     all at once, elsewhere SDPA on one after the other."""
     if DEVICE == "cuda":
-        starts = pad(pass_lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        longest = int(pass_lengths.max())  # which waits for the GPU, microseconds in a layer's milliseconds
-        tensors = (x[0].transpose(0, 1) for x in (query, *repeat_heads(query, key, value)))
-        return varlen_attn(*tensors, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0))[None], None
+        starts, longest = once_per_forward(_starts, pass_lengths)
+        tensors = (x[0].transpose(0, 1) for x in (query, key, value))
+        options = {"scale": scaling, "window_size": (-1, 0), **GROUPED}
+        return varlen_attn(*tensors, starts, starts, longest, longest, **options)[None], None
     outs = [
         scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)
         for q, k, v in zip(*(x.split(pass_lengths.tolist(), 2) for x in (query, key, value)))
@@ -272,6 +273,13 @@ def _attention_by_pass(module, query, key, value, attention_mask, *, pass_length
     return torch.cat(outs, 1), None
 
 
-for name, attention in (("dense-mask", _dense_attention), ("by-pass", _attention_by_pass)):
+def _starts(lengths: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Where passes begin, and the last one ends; and the greatest length."""
+    return pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), int(lengths.max())
+
+
+# Newer versions want to be told that there are fewer heads of keys than of queries; older ones have no such argument.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+for name, attention in (("dense-mask", _dense_attention), ("each-pass", _attention_of_each_pass)):
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, lambda **_: None)

@@ -16,7 +16,7 @@ from common import PLAIN, ratio
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
 SHOWN = ("torch", "triton", "transformers")  # versions in a caption
-MISSING = "–"  # of a row that failed, or that an interrupted run has not reached
+MISSING = "–"  # of a row that failed, that an interrupted run has not reached, or that has no such thing
 
 
 def render(page: str) -> str:
@@ -81,9 +81,11 @@ def headline(result: dict) -> list[list[str]]:
 
 
 def attention(result: dict) -> list[list[str]]:
-    """Forward and backward, at every length."""
+    """Forward and backward of all contenders, problem by problem."""
+    problems = [tuple(row[key] for key in ("conversation", "length", "heads", "dtype")) for row in result["rows"]]
+    order = sorted(range(len(problems)), key=lambda i: problems.index(problems[i]))
     return _columns(
-        result["rows"],
+        [result["rows"][i] for i in order],
         {
             "row": lambda row: row["conversation"],
             "tokens": lambda row: f"{row['length']:,}",
@@ -95,7 +97,7 @@ def attention(result: dict) -> list[list[str]]:
             "forward": lambda row: _milliseconds(row["forward"]),
             "backward": lambda row: _milliseconds(row["backward"]) if "backward" in row else MISSING,
             "TFLOP/s, forward, backward": lambda row: ", ".join(
-                f"{row[value]:.3g}" for value in ("forward TFLOP/s", "backward TFLOP/s") if value in row
+                [f"{row['forward TFLOP/s']:.3g}", f"{row['backward TFLOP/s']:.3g}" if "backward" in row else MISSING]
             ),
         },
     )

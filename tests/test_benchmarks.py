@@ -9,25 +9,32 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock, patch
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BatchEncoding
 
 import flexmask.attention
+from flexmask import Pass
 from flexmask.attention import using_backend
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-import common  # noqa: E402
-import report  # noqa: E402
-import training  # noqa: E402
-from attention import check_equal  # noqa: E402
-from memory import needs_linux  # noqa: E402
-from methods import GROUP_METHODS, METHODS, packed_trees  # noqa: E402
+with patch("torch.cuda.is_available", return_value=False):  # float32 on a CPU, whatever there is
+    import accuracy
+    import common
+    import report
+    import training
+    from attention import check_equal
+    from memory import needs_linux
+    from methods import GROUP_METHODS, METHODS, packed_trees
 
 SAME_LOSS = {"npass": "group", "groups": "group", "growth": "turns", "split": None}  # rows that agree in this
 NAMES = sorted(path.stem for path in (BENCHMARKS / "configs").glob("*.yaml"))
@@ -43,7 +50,7 @@ COMPLETIONS = {"completions": 4, "lengths": [60, 30]}
 @needs_linux
 @pytest.mark.parametrize("name", NAMES)
 def test_smallest_size(name, tmp_path):
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "smoke", "--output_dir", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=BENCHMARKS.parent)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -71,6 +78,8 @@ def test_smallest_size(name, tmp_path):
         ):  # whole, stopped after a row, with a failure
             head, *lines = report.TABLES[table](result | {"rows": rows})
             assert (lines or table == "headline") and all(len(line) == len(head) for line in lines)
+            if rows[0] is failed and table in ("npass", "attention", "split", "groups", "loss_memory"):
+                assert report.MISSING in lines[0] and "" not in lines[0][1:]
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
@@ -128,7 +137,8 @@ def test_packed_passes_of_a_gpu(monkeypatch):
         assert starts.dtype == of["cu_seq_k"].dtype == torch.int32 and of["window_size"] == (-1, 0)
         assert starts[0] == 0 and starts[-1] == len(of["query"]) and of["max_q"] == of["max_k"] == max(lengths)
         passes = zip(*(of[name].transpose(0, 1).split(lengths, 1) for name in ("query", "key", "value")))
-        attend = functools.partial(scaled_dot_product_attention, is_causal=True, scale=of["scale"])
+        options = {"is_causal": True, "scale": of["scale"], "enable_gqa": of.get("enable_gqa", False)}
+        attend = functools.partial(scaled_dot_product_attention, **options)
         return torch.cat([attend(*of_one) for of_one in passes], 1).transpose(0, 1)
 
     def gradients(method):
@@ -161,7 +171,7 @@ def test_every_step_has_its_backend():
 
 def test_process_of_their_own():
     specs = [spec("one-pass", repeats=2), spec("N-pass, packed", repeats=2)]
-    one, packed = common.in_own_process("training.py", "times", json.dumps(specs))
+    one, packed = common.in_own_process("training.py", "times", json.dumps(specs), CUDA_VISIBLE_DEVICES="")
     assert one["loss"] == pytest.approx(packed["loss"], rel=1e-5) and len(one["step"]["each"]) == 2
 
 
@@ -232,6 +242,38 @@ def test_a_killed_process_ran_out_of_memory(tmp_path):
     script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(MemoryError, match="was killed"):
         common.in_own_process(str(script))
+
+
+def test_answers_end_where_the_turn_does():
+    """However long the longest answer of the batch is, to which the others are padded with the same token."""
+    end, seven = 1, 57
+    tokenizer = SimpleNamespace(
+        pad_token_id=end,
+        pad=lambda batch, return_tensors: BatchEncoding(
+            {"input_ids": torch.tensor([[end] * (4 - len(ids)) + ids for ids in batch["input_ids"]])}
+        ),
+        batch_decode=lambda of: ["<think></think>" + "".join(map(chr, ids)) for ids in of],
+    )
+    context, answered = [9, 9], [seven, end]
+    of_one = Pass(np.array(context + answered), np.array([False, False, True, True]))
+    other = Pass(np.array([9, 9, 9, seven + 1, end]), np.array([False] * 3 + [True] * 2))
+    found = []
+    for longest in ([8, 8, end], [8, 8, 8, 8, end]):
+        model = Mock()
+        made = torch.tensor([answered + [end] * (len(longest) - 2), longest])
+        model.generate = lambda input_ids, made=made, **_: torch.cat([input_ids, made], 1)
+        settings = SimpleNamespace(generate_batch=2, max_new_tokens=9)
+        answers, right = accuracy.answer(model, tokenizer, [[of_one, other]], settings)
+        assert answers[1] == longest and right == [[True, False]]
+        found.append(answers[0])
+    assert found == [answered, answered]
+
+
+@needs_linux
+def test_steps_of_a_gpu():
+    """What it does there, on what there is."""
+    found = training._on_the_gpu(spec("one-pass"))
+    assert found["peak MiB"] > 0 and len(found["step"]["each"]) == 3 and found["tokens/s"] > 0
 
 
 def test_interrupted_results_say_so(tmp_path):

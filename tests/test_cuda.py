@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,3 +204,28 @@ def test_auto_logs_nothing_where_everything_works(caplog):
     q, k, v = (torch.randn(1, 4, 1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
     tree_attention(q, k, v, ends).sum().backward()
     assert not caplog.records
+
+
+def test_packed_passes_of_the_benchmark(monkeypatch):
+    """FlashAttention on all passes at once is attention on each by itself. (Its interface differs between PyTorch versions.)"""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from methods import AttentionInterface, repeat_heads
+
+    lengths, scale = [300, 1, 77, 128], 0.3
+    tensors = [torch.randn(1, heads, sum(lengths), 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    leaves = [x.requires_grad_() for x in tensors]
+    weight = torch.randn(1, sum(lengths), 4, 64, device="cuda")
+
+    def flash(*tensors):
+        attend = AttentionInterface()["each-pass"]
+        return attend(None, *tensors, None, pass_lengths=torch.tensor(lengths, device="cuda"), scaling=scale)[0]
+
+    def each(q, k, v):
+        passes = zip(*(x.split(lengths, 2) for x in (q, *repeat_heads(q, k, v))))
+        outs = [torch.nn.functional.scaled_dot_product_attention(*of, is_causal=True, scale=scale) for of in passes]
+        return torch.cat(outs, 2).transpose(1, 2)
+
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    right = everything(each, exact, weight)
+    ours, plain = (relative_errors(everything(of, leaves, weight), right) for of in (flash, each))
+    assert all(a <= 2 * b for a, b in zip(ours, plain, strict=True)), (ours, plain)

@@ -222,7 +222,8 @@ def draw(rows: list[dict], *axes) -> None:
         value = f"{direction} TFLOP/s"
         bars(axis, [row for row in chosen if value in row], "conversation", "attention", value)
         axis.set(title=f"{direction}, {length:,} tokens, {rows[0]['dtype']}", ylabel="TFLOP/s over visible pairs")
-    axes[0].legend(fontsize=7)
+    handles = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(*handles, loc="outside lower center", ncols=5, fontsize=7)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ gpu-test: build/gpu/flexmask_kernels  ## the tests that need a GPU, and the kern
 
 # Each benchmark has so many seconds, eight minutes together; what it has by then is in benchmarks/results.
 gpu-bench: build/gpu/flexmask_kernels  ## the GPU sizes of the benchmarks: JSON and pictures into benchmarks/results
-	failed=; for run in attention:110 npass:150 kernel_configs:70 growth:50 split:35 groups:35 loss_memory:30; do \
+	failed=; for run in attention:100 npass:180 kernel_configs:60 growth:45 split:35 groups:35 loss_memory:25; do \
 	  $(GPU) timeout -k 10 -s INT $${run#*:} $(PYTHON) benchmarks/$${run%:*}.py gpu || test $$? -eq 124 || failed="$$failed $$run"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

@@ -273,7 +273,8 @@ def test_answers_end_where_the_turn_does():
 def test_steps_of_a_gpu():
     """What it does there, on what there is."""
     found = training._on_the_gpu(spec("one-pass"))
-    assert found["peak MiB"] > 0 and len(found["step"]["each"]) == 3 and found["tokens/s"] > 0
+    assert found["peak MiB"] >= 0  # none, where a CPU uses again what others freed
+    assert len(found["step"]["each"]) == 3 and found["tokens/s"] > 0
 
 
 def test_interrupted_results_say_so(tmp_path):

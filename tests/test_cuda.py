@@ -211,6 +211,7 @@ def test_packed_passes_of_the_benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     from methods import AttentionInterface, repeat_heads
 
+    monkeypatch.setattr("methods.DEVICE", "cuda")  # which test_benchmarks.py, if it was there first, has on a CPU
     lengths, scale = [300, 1, 77, 128], 0.3
     tensors = [torch.randn(1, heads, sum(lengths), 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)]
     leaves = [x.requires_grad_() for x in tensors]

@@ -28,8 +28,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of models
+SMOKE = "smoke: shows that it runs, measures nothing"
 PLAIN = "SDPA, plain causal"  # the contender of attention.py that does not attend to the tree
-# The rows of DESIGN.md's table: turns; mean tokens of a user message, a thought, a response.
+# Turns; mean tokens of a user message, a thought, a response.
 CONVERSATIONS = {
     "6 turns, short": (6, 60, 150, 100),
     "6 turns, long thoughts": (6, 80, 800, 250),
@@ -203,14 +204,14 @@ class Benchmark:
         self.save()
         if self.measured:
             self._plot(draw, width, panels)
-        print("saved", self.path.name)
+        print("saved", self.path.name, f"({SMOKE})" * (self.args.size == "smoke"))
 
     def _plot(self, draw: Callable, width: float, panels: int) -> None:
         figure = Figure(figsize=(width, 4), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
         draw(*axes)
         if self.args.size == "smoke":
-            figure.suptitle("smoke: shows that it runs, measures nothing")
+            figure.suptitle(SMOKE)
         for axis in axes:
             axis.grid(alpha=0.3)
         figure.savefig(self.path.with_suffix(".png"), dpi=120)

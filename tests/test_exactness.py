@@ -199,7 +199,7 @@ def test_a_planted_leak_is_caught():
     assert (right - wrong).abs().max() > 1e-4
 
 
-# What the published code gets wrong (DESIGN.md), each pinned down by a comparison that the fault fails.
+# What the published code gets wrong, each pinned down by a comparison that the fault fails.
 
 
 def test_first_generated_token_is_predicted_from_the_prompt_and_not_from_its_left_neighbour():

@@ -90,8 +90,7 @@ def packed(conversations, vocab, max_tokens):
 
 def packed_trees(conversations, vocab, max_tokens):
     """The same with our attention: to it a tree without forks is a document, and it skips the tiles between documents."""
-    rows = pack(_single_trees(flat(conversations)), max_tokens)
-    return Work("flexmask", _batches(rows, vocab), _counted(rows))
+    return one_pass([[p] for p in flat(conversations)], vocab, max_tokens)
 
 
 def interleaved(conversations, vocab, max_tokens):

@@ -20,14 +20,15 @@ kernels-check: $(VENV)/.installed  ## compile every kernel configuration ahead o
 	$(BIN)/python -m flexmask_kernels.check
 
 # On a machine with a GPU, its own Python and no network: nothing is installed. Most of the time goes into compiling.
-GPU_WORKERS ?= 8
+GPU_WORKERS ?= 15
 GPU := PYTHONPATH=$(CURDIR):$(CURDIR)/build/gpu:$(CURDIR)/tests:$(CURDIR)/benchmarks
 
 build/gpu/flexmask_kernels:
 	mkdir -p build/gpu && ln -sfn $(CURDIR)/kernels $@
 
 gpu-test: build/gpu/flexmask_kernels  ## the tests that need a GPU, and the kernel tests on it
-	$(GPU) $(PYTHON) -m pytest -n $(GPU_WORKERS) tests/test_cuda.py tests/test_kernels.py tests/test_backends_in_models.py
+	$(GPU) TORCHINDUCTOR_COMPILE_THREADS=1 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal \
+	  tests/test_cuda.py tests/test_kernels.py tests/test_backends_in_models.py
 
 # Each benchmark has so many seconds, eight minutes together; what it has by then is in benchmarks/results.
 gpu-bench: build/gpu/flexmask_kernels  ## the GPU sizes of the benchmarks: JSON and pictures into benchmarks/results

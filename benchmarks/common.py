@@ -270,20 +270,23 @@ def _strings(value) -> list[str]:
 
 
 def _commit() -> str:
-    """Of the code that runs; `-dirty` if other code than that, results and pages aside. Without git, what COMMIT says."""
+    """Of the code that runs; `-dirty` if other code than that, results and pages aside. Or what COMMIT says, where the code was
+    copied without its history."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     code = ["--", ":/", ":(top,exclude)*.md", ":(top,exclude)benchmarks/results"]
     try:
         command = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=True).stdout.strip()
         changed = subprocess.run(["git", "diff", "--quiet", "HEAD", *code], capture_output=True, cwd=HERE)
     except (FileNotFoundError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
     return commit + "-dirty" * (changed.returncode == 1)
 
 
 def _environment() -> list[str]:
     """Variables that change speed, as they would be written before the command."""
-    prefixes = ("MALLOC_", "OMP_", "FLEXMASK_", "PYTORCH_", "TRITON_")
+    prefixes = ("MALLOC_", "OMP_", "FLEXMASK_", "PYTORCH_", "TRITON_INTERPRET")
     return [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(prefixes)]
 
 

@@ -203,7 +203,7 @@ def test_auto_logs_nothing_where_everything_works(caplog):
     ends = conversation_row(1024)
     q, k, v = (torch.randn(1, 4, 1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
     tree_attention(q, k, v, ends).sum().backward()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("flexmask")]
 
 
 def test_packed_passes_of_the_benchmark(monkeypatch):

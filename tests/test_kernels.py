@@ -384,7 +384,7 @@ def test_what_the_kernels_do_not_have_is_refused():
         tree_attention(*inputs, ends, backend="triton")
     with pytest.raises(NotImplementedError, match="head sizes from 16 to 256; head_dim is 8"):
         tree_attention(*(x.float() for x in inputs), ends, backend="triton")
-    q, k, v = (x.float().new_ones(1, 2, 20, 16) for x in inputs)
+    q, k, v, ends = (x.to(DEVICE) for x in (*(x.float().new_ones(1, 2, 20, 16) for x in inputs), ends))
     lists = [getattr(block_lists(ends), field.name) for field in dataclasses.fields(block_lists(ends))]
     with pytest.raises(ValueError, match="sliding_window is 4 without position_ids"):
         kernels.tree_attention(q, k, v, ends, lists, scale=1.0, sliding_window=4)

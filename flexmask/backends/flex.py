@@ -50,9 +50,9 @@ def attention(
     )
     if sinks is None:
         return flex()
-    # A sink adds exp(sink) to the denominator: o * exp(lse) / (exp(lse) + exp(sink)).
+    # A sink adds exp(sink) to the denominator: o * exp(lse) / (exp(lse) + exp(sink)). In float32, for its gradient's sake.
     out, aux = flex(return_aux=AuxRequest(lse=True))
-    return out * torch.sigmoid(aux.lse - sinks[None, :, None]).unsqueeze(-1).to(out.dtype)
+    return (out * torch.sigmoid(aux.lse - sinks[None, :, None].float()).unsqueeze(-1)).to(out.dtype)
 
 
 def _flex_attention():

@@ -167,7 +167,10 @@ def contenders(device: str) -> list[dict[str, Callable]]:
     if device == "cpu":
         return [{"blockwise": lambda dtype: Tree("blockwise")} | dense | plain | flex | by_hand]
     return [
-        {"FlashAttention, by chains": lambda dtype: Chains(), "triton": lambda dtype: Tree("triton")} | flex | plain | dense,
+        {"FlashAttention, by chains": lambda dtype: Chains(), "triton": lambda dtype: Tree("triton")}
+        | flex
+        | plain
+        | dense,
         {"FlexAttention, our BlockMask, static": lambda dtype: Flex(tree_block_mask)}
         | by_hand
         | {

@@ -48,15 +48,15 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype, features, 
     """Against float64, as a norm, for the output and every gradient.
 
     Plain PyTorch is scaled_dot_product_attention with the dense mask, or, for the soft-cap and sinks that it does not have,
-    the same written out.
+    the same written out. Sinks have one gradient a head, and the norm of a few numbers is a matter of luck: so many heads.
     """
     features = FEATURES[features]
-    *inputs, s, ends, positions, visible = (
-        x.cuda() for x in problem(0, length, batch=2, heads=4, kv_heads=2, dim=dims[0], value_dim=dims[1], dtype=dtype)
-    )
+    heads = 32 if "sinks" in features else 4
+    sizes = {"heads": heads, "kv_heads": heads // 2, "dim": dims[0], "value_dim": dims[1]}
+    *inputs, s, ends, positions, visible = (x.cuda() for x in problem(0, length, batch=2, dtype=dtype, **sizes))
     window, softcap = features.get("window"), features.get("softcap")
     leaves = [x.detach().requires_grad_() for x in ([*inputs, s] if "sinks" in features else inputs)]
-    weight = torch.randn(2, 4, length, dims[1], device="cuda", dtype=torch.float64)
+    weight = torch.randn(2, heads, length, dims[1], device="cuda", dtype=torch.float64)
 
     def ours(q, k, v, sinks=None):
         options = {"softcap": softcap, "sliding_window": window, "position_ids": positions, "sinks": sinks}
@@ -73,7 +73,12 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype, features, 
 
     exact = everything(dense, [x.detach().double().requires_grad_() for x in leaves], weight)
     theirs = dense if softcap or "sinks" in features else sdpa
-    ours, plain = (relative_errors(everything(f, leaves, weight), exact) for f in (ours, theirs))
+    try:
+        ours, plain = (relative_errors(everything(f, leaves, weight), exact) for f in (ours, theirs))
+    except torch._inductor.exc.InductorError as error:
+        if backend == "flex" and dtype == torch.float32 and "out of resource" in str(error):
+            pytest.skip("FlexAttention's own tiles for float32 do not fit into this GPU's shared memory")
+        raise
     for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), ours, plain, strict=False):
         assert a <= 2 * b, f"{name}: {a:.2e}, plain PyTorch {b:.2e}"
 

@@ -34,8 +34,9 @@ class Configs:
     """The configurations of the three kernels.
 
     Attributes:
-        faster_than_flex_on: the GPU on which they were measured faster than FlexAttention, forward and backward; None if
-            they were not, or nobody has measured. It makes them the default where their row applies.
+        faster_than_flex_on: the GPU on which they were measured faster than FlexAttention, forward and backward together, on
+            every row of the benchmark; None if they were not, or nobody has measured. It makes them the default where their
+            row applies.
     """
 
     forward: Config
@@ -72,7 +73,8 @@ def configs(capability: tuple[int, int], dim: int, dtype: torch.dtype) -> Config
     return TABLE[architecture(capability), wide][size]
 
 
-# (row, float32?) -> head size up to -> configuration. No GPU has timed any of these yet (faster_than_flex_on is None everywhere).
+# (row, float32?) -> head size up to -> configuration. Timed so far: 9.0 in 16 bits, head sizes 64 and 128, on an H200
+# (benchmarks/results/attention_gpu.json, attention_gpu_more.json, kernel_configs_gpu.json).
 # Each is the largest tile that `make kernels-check` shows to fit with few or no spills, because a larger tile reads less
 # and feeds the tensor cores better; then three stages where they fit, because with two the next tile is asked for at the
 # end of a step and waited for at the start of the next. benchmarks/kernel_configs.py times the candidates.
@@ -86,8 +88,8 @@ TABLE = {
     # 9.0: 227 KiB. wgmma wants 64 lines per warp group, so 128 with 8 warps; dK/dV of 64 x 128 spills 64 bytes at head
     # size 128, and half of its queries would halve the width of its products.
     (90, False): {
-        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
-        128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), "NVIDIA H200"),
+        128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), "NVIDIA H200"),
         256: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(128, 32, 8, 3)),
     },
     # 10.x, 11.0: 227 KiB, and 512 columns of tensor memory, where tcgen05 accumulates; what is done to scores passes

@@ -6,8 +6,9 @@ from .cost import cost
 from .integrations.transformers import register as _register
 from .loss import tree_logprobs, tree_loss
 from .mask import tree_block_mask
+from .messages import ConversationError
 from .packing import pack, pack_stream, split
-from .passes import ConversationError, Pass, render_passes
+from .passes import Pass, render_passes
 from .prefixes import share_prefixes
 from .tree import TokenTree
 from .verify import verify

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from .passes import ConversationError
+from .messages import ConversationError
 
 USAGE = """usage: flexmask {train,verify,inspect} …
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .mask import BLOCK_SIZE
-from .passes import ConversationError, render_conversation
+from .messages import ConversationError
+from .passes import render_conversation
 from .tree import LOSS_REDUCTIONS, TokenTree
 
 

@@ -17,27 +17,10 @@ from functools import partial
 import datasets
 import pyarrow.parquet
 
-from .passes import (
-    NOTHING_TO_TRAIN,
-    Conversation,
-    ConversationError,
-    Pass,
-    is_trained,
-    normalize_messages,
-    render_conversation,
-    without_nulls,
-)
+from .messages import Conversation, ConversationError, read_conversation, without_nulls
+from .passes import Pass, render_conversation
 from .tree import LOSS_REDUCTIONS, TokenTree
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
 OVERLONG = ("error", "drop", "truncate")
 
 _HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?")  # a bare name with a dot is taken for a file
@@ -100,8 +83,7 @@ class Preparation:
 def load_conversations(name: str, split: str = "train") -> list[Conversation]:
     """Read and check the conversations of a file or of a dataset of the Hugging Face hub.
 
-    A record has `messages` (see `render_passes`) or the ShareGPT form, `conversations` with `from` and `value`, which
-    becomes `messages`. It may have `tools`, a list. Other keys are kept.
+    What a record may hold is told in `messages.read_conversation`.
 
     Args:
         name: a `.jsonl` file (one object a line, blank lines allowed), a `.json` file (a list of objects), a
@@ -117,7 +99,7 @@ def load_conversations(name: str, split: str = "train") -> list[Conversation]:
             counted from zero), and what is wrong there.
     """
     name = os.fspath(name)
-    conversations = [_conversation(record, origin) for origin, record in _records(name, split)]
+    conversations = [read_conversation(record, origin) for origin, record in _records(name, split)]
     if not conversations:
         raise ConversationError(f"{name}: holds no conversations")
     return conversations
@@ -164,7 +146,7 @@ def build_trees(
     if loss_reduction not in LOSS_REDUCTIONS:
         raise ValueError(f"loss_reduction is {loss_reduction!r}, expected one of {', '.join(LOSS_REDUCTIONS)}")
     conversations = [
-        c if isinstance(c, Conversation) else _conversation(without_nulls(c), f"conversation {i}")
+        c if isinstance(c, Conversation) else read_conversation(without_nulls(c), f"conversation {i}")
         for i, c in enumerate(conversations)
     ]
     build = partial(
@@ -308,41 +290,3 @@ def _parse(data: bytes, name: str, first_line: int):
         raise ConversationError(f"{name}:{line}:{error.colno}: malformed JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # also a number too long to convert, or nesting too deep
         raise ConversationError(f"{name}: the JSON that starts at line {first_line} is refused: {error}") from error
-
-
-def _conversation(record, origin: str) -> Conversation:
-    """A checked conversation from a record in either form; its messages stay as they were written."""
-    try:
-        if not isinstance(record, Mapping):
-            raise ConversationError(f"is {type(record).__name__}, expected an object with messages")
-        record = dict(record)
-        if "messages" not in record:
-            if "conversations" not in record:
-                raise ConversationError(f"has the keys {sorted(record)}, expected messages (or conversations)")
-            record["messages"] = _from_sharegpt(record.pop("conversations"))
-        messages = normalize_messages(record["messages"])
-        if not any(map(is_trained, messages)):
-            raise ConversationError(NOTHING_TO_TRAIN)
-        if not isinstance(record.get("tools", []), list | None):
-            raise ConversationError(f"tools is {type(record['tools']).__name__}, expected a list")
-    except ConversationError as error:
-        raise ConversationError(f"{origin}: {error}") from error
-    return Conversation(record, origin)
-
-
-def _from_sharegpt(messages) -> list[dict]:
-    if not isinstance(messages, list):
-        raise ConversationError(f"conversations is {type(messages).__name__}, expected a list of messages")
-    converted = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"from", "value"} <= message.keys():
-            came = f"has the keys {sorted(message)}" if isinstance(message, Mapping) else f"is {message!r}"
-            raise ConversationError(f"message {index} {came}, expected from and value")
-        rest = dict(message)
-        sender, value = rest.pop("from"), rest.pop("value")
-        if sender not in list(SHAREGPT_ROLES):  # a list: what came may not be hashable
-            raise ConversationError(f"message {index}: from is {sender!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
-        if not isinstance(value, str):
-            raise ConversationError(f"message {index} ({sender}): value is {type(value).__name__}, expected a string")
-        converted.append(rest | {"role": SHAREGPT_ROLES[sender], "content": value})
-    return converted

@@ -8,7 +8,6 @@ end-of-turn token included. The two are tokenised separately, as at inference.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,34 +15,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+from .messages import (
+    NOTHING_TO_TRAIN,
+    REASONING_FIELDS,
+    Conversation,
+    ConversationError,
+    is_trained,
+    read_conversation,
+    read_messages,
+    without_nulls,
+)
 
-_INLINE_REASONING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _OPEN_REASONING = re.compile(r"<([\w:]+)>(\s*)$")
 _EMPTY_REASONING = re.compile(r"\s*(?P<open><([\w:]+)>)\s*(?P<close></\2>)")
 # Put into the reasoning of a message while it is rendered as a target: a template that leaves it out drops reasoning.
 _MARK = "@@flexmask-reasoning@@"
 _PROBE = "@@flexmask-probe@@"
-
-
-NOTHING_TO_TRAIN = 'no assistant message to train (none at all, or all have "train": false or weight 0)'
-
-
-class ConversationError(ValueError):
-    """A conversation that cannot be turned into passes. The text names the message."""
-
-
-class Conversation(dict):
-    """A checked conversation: a dict with `messages`, perhaps `tools`, and whatever else its record has.
-
-    Attributes:
-        origin: where it came from (`data.jsonl:12`), for errors that are found later.
-    """
-
-    def __init__(self, record: Mapping, origin: str):
-        super().__init__(record)
-        self.origin = origin
 
 
 @dataclass(frozen=True)
@@ -96,7 +83,7 @@ def render_passes(
             by its index, counted from zero. Or an option cannot be used: a reasoning_format without its placeholder,
             an end_of_turn that is not one token.
     """
-    messages = normalize_messages(messages)
+    messages = read_messages(messages)
     if reasoning_format is not None and reasoning_format.count("{reasoning}") != 1:
         raise ConversationError(f"reasoning_format must contain '{{reasoning}}' exactly once, got {reasoning_format!r}")
     if not (chat_template or tokenizer.chat_template):
@@ -153,81 +140,13 @@ def render_conversation(conversation, tokenizer, **options) -> list[Pass]:
     conversation = without_nulls(conversation)
     if not isinstance(conversation, Mapping):
         return render_passes(conversation, tokenizer, **options)
-    if "messages" not in conversation:
-        raise ConversationError(
-            f"has the keys {sorted(map(str, conversation))}, expected messages"
-            + (" (flexmask.data.load_conversations reads ShareGPT's form)" if "conversations" in conversation else "")
-        )
-    return _render_record(conversation, tokenizer, options)
+    return _render_record(read_conversation(conversation, "the conversation"), tokenizer, options)
 
 
 def _render_record(record: Mapping, tokenizer, options: dict) -> list[Pass]:
     if record.get("tools"):
         options = options | {"tools": record["tools"]}
     return render_passes(record["messages"], tokenizer, **options)
-
-
-def normalize_messages(messages) -> list[dict]:
-    """Check messages and bring reasoning into the fields that templates read; other keys are kept.
-
-    Raises:
-        ConversationError: naming the message and the field, what came and what is expected.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise ConversationError(f"messages is {type(messages).__name__}, expected a list of messages")
-    if not messages:
-        raise ConversationError("the conversation is empty")
-    return [_normalize_message(m, i) for i, m in enumerate(messages)]
-
-
-def is_trained(message: Mapping) -> bool:
-    """Whether a normalised message becomes a pass."""
-    return message["role"] == "assistant" and message.get("train", True) and message.get("weight", 1) > 0
-
-
-def without_nulls(value):
-    """Without the keys whose value is null, at any depth: Arrow puts them where another row has the key."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _normalize_message(message, index: int) -> dict:
-    if not isinstance(message, Mapping):
-        raise ConversationError(
-            f"message {index} is {type(message).__name__}, expected an object with role and content"
-        )
-    message = {key: value for key, value in message.items() if value is not None}
-    role = message.get("role")
-    if role not in ROLES:
-        raise ConversationError(f"message {index}: role is {role!r}, expected one of {', '.join(ROLES)}")
-    where = f"message {index} ({role})"
-    content = message.get("content", "" if message.get("tool_calls") else None)
-    if not isinstance(content, str):
-        raise ConversationError(f"{where}: content is {type(content).__name__}, expected a string")
-    if not isinstance(message.get("train", True), bool):
-        raise ConversationError(f"{where}: train is {message['train']!r}, expected true or false")
-    weight = message.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise ConversationError(f"{where}: weight is {weight!r}, expected a number that is not negative")
-    if role != "assistant":
-        return message
-
-    given = {field: message.pop(field) for field in REASONING_FIELDS if field in message}
-    for field, reasoning in given.items():
-        if not isinstance(reasoning, str):
-            raise ConversationError(f"{where}: {field} is {type(reasoning).__name__}, expected a string")
-    inline = _INLINE_REASONING.match(content)
-    if inline:
-        given["content"] = inline[1].strip("\n")
-        message["content"] = content[inline.end() :]
-    distinct = {reasoning for reasoning in given.values() if reasoning.strip()}
-    if len(distinct) > 1:
-        raise ConversationError(f"{where}: {' and '.join(given)} hold different reasoning, expected one")
-    for reasoning in distinct:
-        # Each template reads one of these names and ignores the others.
-        message |= dict.fromkeys(REASONING_FIELDS, reasoning)
-    return message
 
 
 def _render(tokenizer, chat_template, tools, template_kwargs, conversations, add_generation_prompt=False) -> list[str]:

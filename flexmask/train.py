@@ -29,8 +29,8 @@ from .data import OVERLONG, build_trees, load_conversations
 from .inspect import draw_mask
 from .integrations.transformers import NAME, check_config
 from .loss import target_weight, tree_loss
+from .messages import ConversationError
 from .packing import pack
-from .passes import ConversationError
 from .tree import LOSS_REDUCTIONS, TokenTree
 from .verify import verify
 

@@ -1,0 +1,429 @@
+"""What people's records hold -> a checked conversation, in one form.
+
+Every form that a conversation comes in (OpenAI's wire format, content in parts, ShareGPT, prompt and completion, columns of
+JSON text, …) becomes the same list of messages here, for files, dataset rows and Python alike. What is not understood is an
+error that names it; what is not read is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLE_NAMES = {role: role for role in ROLES} | {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+TRAIN_FLAGS = ("train", "loss", "training")
+WEIGHTS = ("weight", "reasoning_weight")
+
+# Columns of a record, each under the names that others use.
+_TOOLS = ("tools", "functions", "tool_defs")
+_SYSTEM = ("system", "system_prompt")
+_READ = {"messages", "conversations", "prompt", "completion", "chat_template_kwargs", *_TOOLS, *_SYSTEM}
+# Keys to which others give a meaning that would be lost here. Of a record, then of a message.
+_MEANT = {
+    **dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios", "objects"), "is for models of other media"
+    ),
+    **dict.fromkeys(("label", "kto_tag", "rejected_response"), "is for preference training"),
+    **dict.fromkeys(("weight", "loss_weight", "sample_weight"), "weighs a whole record; give its messages a weight"),
+    **dict.fromkeys(("train", "loss", "training", "loss_mask"), 'is read on messages only ("train": false)'),
+}
+_MEANT_IN_MESSAGE = {
+    **dict.fromkeys(
+        ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio"),
+        "is for models of other media",
+    ),
+    **dict.fromkeys(
+        ("training_detail", "train_detail", "loss_mask"), "trains parts of a message, which is not supported"
+    ),
+    "loss_scale": "is read as weight; rename it",
+    "prefix": "continues a message, which is not supported",
+    "refusal": "stands in for the content; move it there, or leave the message out",
+}
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
+_THINK = re.compile(r"</?think>")
+_CLOSED_BLOCK = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
+
+NOTHING_TO_TRAIN = 'no assistant message to train (none at all, or all have "train": false or weight 0)'
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be turned into passes. The text names the message."""
+
+
+class Conversation(dict):
+    """A checked conversation: `messages`, perhaps `tools` and `chat_template_kwargs`, and whatever else its record has.
+
+    Attributes:
+        origin: where it came from (`data.jsonl:12`), for errors that are found later.
+        names: what each message is called in errors, by its place in the record (`message 3 (user)`).
+        ignored: keys of the record that nobody reads.
+    """
+
+    origin: str
+    names: list[str]
+    ignored: list[str]
+
+
+def read_conversation(record, origin: str, columns: Mapping[str, str] | None = None) -> Conversation:
+    """A conversation from a record in any form that is known.
+
+    Args:
+        record: an object with `messages` or `conversations` (lists of messages in OpenAI's or ShareGPT's form), or with
+            `prompt` and `completion` (likewise; only the completion is trained). Beside them `tools`, `functions` or
+            `tool_defs`; `system` or `system_prompt`, a text that becomes the first message; `chat_template_kwargs`. Lists
+            and objects may be JSON text.
+        origin: where it came from.
+        columns: name here -> name in the record, for records that call these columns otherwise.
+
+    Raises:
+        ConversationError: naming the origin, the message and the field; what came and what is expected.
+    """
+    try:
+        return _read(record, origin, columns or {})
+    except ConversationError as error:
+        raise ConversationError(f"{origin}: {error}") from error
+
+
+def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
+    if not isinstance(record, Mapping):
+        raise ConversationError(f"is {type(record).__name__}, expected an object with messages")
+    record = {key: value for key, value in record.items() if value is not None}
+    for ours, theirs in columns.items():
+        if theirs not in record:
+            raise ConversationError(f"has the keys {_keys(record)}, expected {theirs} (which holds {ours})")
+        record[ours] = record.pop(theirs)
+    written, names = _written_messages(record)
+    system = _one_of(record, _SYSTEM)
+    if system is not None and not isinstance(system, str):
+        raise ConversationError(f"system is {type(system).__name__}, expected a string")
+    if system and not (
+        isinstance(written[0], Mapping) and written[0].get("content", written[0].get("value")) == system
+    ):
+        if isinstance(written[0], Mapping) and "system" in (written[0].get("role"), written[0].get("from")):
+            raise ConversationError("has a system column and a system message that differ, expected one of them")
+        written, names = [{"role": "system", "content": system}, *written], ["system column", *names]
+
+    messages = [_message(message, name) for message, name in zip(written, names, strict=True)]
+    if not any(map(is_trained, messages)):
+        raise ConversationError(NOTHING_TO_TRAIN)
+    ignored = []
+    for key in record.keys() - _READ:
+        if key in _MEANT and record[key] not in ("", [], {}):
+            raise ConversationError(f"has a key {key!r}, which {_MEANT[key]}; remove it from the record")
+        ignored.append(str(key))
+    if "messages" in record or "conversations" in record:
+        ignored += [
+            key for key in ("prompt", "completion", *(["conversations"] * ("messages" in record))) if key in record
+        ]
+
+    conversation = Conversation(
+        {key: value for key, value in record.items() if key not in _READ} | {"messages": messages}
+    )
+    conversation.origin, conversation.ignored = origin, sorted(ignored)
+    conversation.names = [
+        f"{name} ({m['role']})" if name != "system column" else name for name, m in zip(names, messages)
+    ]
+    tools = read_tools(_one_of(record, _TOOLS))
+    if tools:
+        conversation["tools"] = tools
+    arguments = _parsed(record.get("chat_template_kwargs", {}), "chat_template_kwargs", Mapping, "an object")
+    if arguments:
+        conversation["chat_template_kwargs"] = {key: value for key, value in arguments.items() if value is not None}
+    return conversation
+
+
+def _written_messages(record: Mapping) -> tuple[list, list[str]]:
+    """The messages as they were written, and what to call them."""
+    for key in ("messages", "conversations"):
+        if key in record:
+            written = _parsed(record[key], key, Sequence, "a list of messages")
+            if not written:
+                raise ConversationError("the conversation is empty")
+            return list(written), [f"message {i}" for i in range(len(written))]
+    if "prompt" not in record or "completion" not in record:
+        raise ConversationError(
+            f"has the keys {_keys(record)}, expected messages (or conversations, or prompt and completion)"
+        )
+    written, names = [], []
+    for key in ("prompt", "completion"):
+        part = record[key]
+        if isinstance(part, str) and not part.lstrip().startswith("["):
+            raise ConversationError(
+                f"{key} is a text, expected a list of messages: a text has no roles for the template"
+            )
+        for i, message in enumerate(_parsed(part, key, Sequence, "a list of messages")):
+            if key == "prompt" and isinstance(message, Mapping):
+                message = {**message, "train": False}
+            written.append(message)
+            names.append(f"{key} {i}")
+    if not written:
+        raise ConversationError("the conversation is empty")
+    return written, names
+
+
+def _one_of(record: Mapping, names: Sequence[str]):
+    """The value of a column that has several names."""
+    given = {name: record[name] for name in names if record.get(name) not in (None, "", [])}
+    values = list(given.values())
+    if any(value != values[0] for value in values):
+        raise ConversationError(f"has {' and '.join(given)}, which differ; expected one of them")
+    return values[0] if values else None
+
+
+def _keys(record: Mapping) -> str:
+    return ", ".join(sorted(map(str, record))) or "(none)"
+
+
+def _parsed(value, name: str, kind: type, expected: str):
+    """A list or object, from JSON text if it is one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConversationError(f"{name} is a text that is no JSON ({error}), expected {expected}") from error
+    if isinstance(value, str) or not isinstance(value, kind):
+        raise ConversationError(f"{name} is {type(value).__name__}, expected {expected}")
+    return value
+
+
+def read_tools(tools) -> list[dict]:
+    """Descriptions of tools as templates take them: `{"type": "function", "function": {"name": …, …}}`.
+
+    Args:
+        tools: a list of them, or of bare functions (OpenAI's older form), or either as JSON text; None for no tools.
+
+    Raises:
+        ConversationError: not that, or a tool without a name.
+    """
+    read = []
+    for i, tool in enumerate(_parsed([] if tools is None else tools, "tools", Sequence, "a list")):
+        tool = _parsed(tool, f"tools[{i}]", Mapping, "an object")
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ConversationError(f"tools[{i}] is {_short(tool)}, expected a function with a name")
+        if "function" in tool:
+            read.append(dict(tool))
+        else:
+            function = {key: value for key, value in tool.items() if key != "type"}
+            if "input_schema" in function:  # Anthropic's name
+                function["parameters"] = function.pop("input_schema")
+            read.append({"type": "function", "function": function})
+    return read
+
+
+def read_messages(messages) -> list[dict]:
+    """Messages in one form: `role` (of `ROLES`), `content` (a text, or a list of text parts), and for the assistant the
+    reasoning in the fields that templates read, `tool_calls` with objects as arguments, `train` and `weight`. Other keys are
+    kept. What is in that form already stays as it is.
+
+    Raises:
+        ConversationError: naming the message and the field, what came and what is expected.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ConversationError(f"messages is {type(messages).__name__}, expected a list of messages")
+    if not messages:
+        raise ConversationError("the conversation is empty")
+    return [_message(message, f"message {i}") for i, message in enumerate(messages)]
+
+
+def is_trained(message: Mapping) -> bool:
+    """Whether a message that was read becomes a pass."""
+    return message["role"] == "assistant" and message.get("train", True) and message.get("weight", 1) > 0
+
+
+def text_of(message: Mapping) -> str:
+    """The content of a message that was read, as one text."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def reasoning_of(message: Mapping) -> str:
+    """The reasoning of a message that was read, "" if it has none."""
+    return message.get(REASONING_FIELDS[0], "")
+
+
+def without_nulls(value):
+    """Without the keys whose value is null, at any depth: Arrow puts them where another row has the key."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _message(message, name: str) -> dict:
+    if not isinstance(message, Mapping):
+        raise ConversationError(f"{name} is {type(message).__name__}, expected an object with role and content")
+    message = {key: value for key, value in message.items() if value is not None}
+    if "role" not in message and "from" in message:  # ShareGPT's names
+        message["role"] = message.pop("from")
+        if "value" in message:
+            message["content"] = message.pop("value")
+    written = message.get("role")
+    role = ROLE_NAMES.get(written) if isinstance(written, str) else None
+    if role is None:
+        raise ConversationError(f"{name}: role is {written!r}, expected one of {', '.join(ROLES)}")
+    where = f"{name} ({role})"
+    for key, why in _MEANT_IN_MESSAGE.items():
+        if message.get(key) not in (None, False, "", [], {}):
+            raise ConversationError(f"{where}: has a key {key!r}, which {why}")
+    if written == "function_call":
+        message["function_call"] = _parsed(message.pop("content", None), f"{where}: value", object, "a call")
+    message["role"] = role
+    _read_training(message, where)
+    if role == "assistant":
+        _read_calls(message, where)
+        if message.get("tool_calls"):
+            message.setdefault("content", "")
+    reasoning = _read_content(message, where)
+    if role == "assistant":
+        _read_reasoning(message, reasoning, where)
+    return message
+
+
+def _read_training(message: dict, where: str) -> None:
+    """`train` (a bool) from whichever flag is there, and weights."""
+    flags = {}
+    for flag in TRAIN_FLAGS:
+        if flag in message:
+            value = message.pop(flag)
+            if not isinstance(value, bool | int) or value not in (0, 1):
+                raise ConversationError(f"{where}: {flag} is {value!r}, expected true or false")
+            flags[flag] = bool(value)
+    if len(set(flags.values())) > 1:
+        raise ConversationError(f"{where}: {' and '.join(flags)} differ, expected one of them")
+    if flags:
+        message["train"] = next(iter(flags.values()))
+    for name in WEIGHTS:
+        weight = message.get(name, 1)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ConversationError(f"{where}: {name} is {weight!r}, expected a number that is not negative")
+
+
+def _read_calls(message: dict, where: str) -> None:
+    """`tool_calls`: a list of `{"type": "function", "function": {"name": …, "arguments": {…}}}`, ids kept; gone if empty."""
+    calls = _parsed(message.pop("tool_calls", []), f"{where}: tool_calls", Sequence, "a list")
+    legacy = message.pop("function_call", None)
+    if legacy:
+        if calls:
+            raise ConversationError(f"{where}: has tool_calls and function_call, expected one of them")
+        calls = legacy if isinstance(legacy, list) else [legacy]
+    read = [_call(call, where) for call in calls]
+    if read:
+        message["tool_calls"] = read
+
+
+def _call(call, where: str) -> dict:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise ConversationError(f"{where}: tool_calls has {_short(call)}, expected a function with a name")
+    arguments = function.get("arguments", function.get("parameters"))
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    of = f"{where}: the arguments of its call of {function['name']!r}"
+    arguments = dict(_parsed(arguments, of, Mapping, "an object"))
+    rest = {} if function is call else {key: value for key, value in call.items() if value is not None}
+    rest |= {"id": call["id"]} if function is call and call.get("id") is not None else {}
+    return rest | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _read_content(message: dict, where: str) -> list[str]:
+    """`content`: a text, or a list of text parts. Returns the reasoning that stood among the parts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return []
+    if not isinstance(content, list):
+        raise ConversationError(
+            f"{where}: content is {type(content).__name__}, expected a string or a list of text parts"
+        )
+    texts, reasoning = [], []
+    for part in content:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        kind = part.get("type", "text" if "text" in part else None) if isinstance(part, Mapping) else None
+        if kind in ("thinking", "reasoning") and message["role"] == "assistant":
+            reasoning.append(_thinking(part, kind, where))
+        elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append({"type": "text", "text": part["text"]})
+        else:
+            raise ConversationError(
+                f"{where}: content has a part {_short(part)}, expected parts of type text"
+                + (" (a model of text takes no other media)" if isinstance(kind, str) and "text" not in kind else "")
+            )
+    message["content"] = texts
+    if not texts:
+        message["content"] = ""
+    return reasoning
+
+
+def _thinking(part: Mapping, kind: str, where: str) -> str:
+    """The text of a thinking part: a string, or text parts of its own."""
+    text = next((part[key] for key in (kind, "text", "content") if part.get(key) is not None), None)
+    if isinstance(text, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in text):
+        text = "".join(p["text"] for p in text)
+    if not isinstance(text, str):
+        raise ConversationError(f"{where}: content has a part {_short(part)}, expected its {kind} as a text")
+    return text
+
+
+def _read_reasoning(message: dict, from_parts: list[str], where: str) -> None:
+    """Reasoning, from wherever it stands, into each of the fields: a template reads one of them and ignores the others."""
+    given = {field: message.pop(field) for field in REASONING_FIELDS if field in message}
+    for field, reasoning in given.items():
+        if not isinstance(reasoning, str):
+            raise ConversationError(f"{where}: {field} is {type(reasoning).__name__}, expected a string")
+    details = message.pop("reasoning_details", None)
+    if details is not None:
+        given["reasoning_details"] = _reasoning_details(details, any(map(str.strip, given.values())), where)
+    if from_parts:
+        given["content"] = "\n".join(from_parts)
+    content = text_of(message)
+    inline = _CLOSED_BLOCK.match(content) if "</think>" in content else None
+    if inline:
+        if "content" in given and inline[1].strip():
+            raise ConversationError(f"{where}: content has a thinking part and a <think> block, expected one of them")
+        given.setdefault("content", inline[1].strip("\n"))
+        message["content"] = content = content[inline.end() :]
+    distinct = {reasoning.strip(): reasoning for reasoning in given.values() if reasoning.strip()}
+    if len(distinct) > 1:
+        raise ConversationError(f"{where}: {' and '.join(given)} hold different reasoning, expected one")
+    tag = next((found[0] for text in (content, *distinct.values()) for found in _THINK.finditer(text)), None)
+    if tag and is_trained(message):
+        what = "is not closed" if tag == "<think>" and "</think>" not in content else "stands inside its text"
+        raise ConversationError(
+            f'{where}: {tag} {what}, expected one block before the content; mark the message "train": false, or mend it'
+        )
+    for reasoning in distinct.values():
+        message |= dict.fromkeys(REASONING_FIELDS, reasoning)
+
+
+def _reasoning_details(details, known: bool, where: str) -> str:
+    """The texts of OpenRouter's `reasoning_details`."""
+    if not isinstance(details, list) or not all(isinstance(part, Mapping) for part in details):
+        raise ConversationError(f"{where}: reasoning_details is {_short(details)}, expected a list of objects")
+    texts = [part["text"] for part in details if isinstance(part.get("text"), str)]
+    if details and not texts and not known:
+        kinds = ", ".join(sorted({str(part.get("type")) for part in details}))
+        raise ConversationError(f"{where}: reasoning_details has no text (only {kinds}), so its reasoning is not known")
+    return "" if known else "".join(texts)
+
+
+def _short(value) -> str:
+    """For errors."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def count_ignored(conversations: Sequence[Conversation]) -> Counter:
+    """Keys of records that nobody reads -> in how many records."""
+    return Counter(key for conversation in conversations for key in conversation.ignored)

@@ -3,6 +3,8 @@
     <!-- table: NAME_SIZE -->
     <!-- end -->
 
+or, for the rows of several sizes in one table, NAME_SIZE+SIZE.
+
 python benchmarks/report.py
 """
 
@@ -24,25 +26,39 @@ def render(page: str) -> str:
     return MARKED.sub(lambda found: found[1] + _table(found[2], found[3]) + found[4], page)
 
 
-def _table(name: str, size: str) -> str:
-    benchmark = "npass" if name == "headline" else name
-    result = json.loads((HERE / "results" / f"{benchmark}_{size}.json").read_text())
-    head, *rows = TABLES[name](result)
-    lines = [head, ["---"] * len(head), *rows]
+def _table(name: str, sizes: str) -> str:
+    benchmark = "npass" if name in ("headline", "side_by_side") else name
+    paths = [HERE / "results" / f"{benchmark}_{size}.json" for size in sizes.split("+")]
+    results = [json.loads(path.read_text()) for path in paths]
+    tables = [TABLES[name](result) for result in results]
+    head = tables[0][0]
+    lines = [head, ["---"] * len(head), *(line for table in tables for line in table[1:])]
     text = "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
-    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if package in SHOWN)
-    settings = result["settings"]
-    model = f"{settings['shape']}'s shape" if "shape" in settings else ""
-    model += f", {settings['layers']} layers" if settings.get("layers") else ""
-    stopped = "" if result["finished"] else "stopped before the end"
-    about = [model, result["machine"], versions, result["date"], f"`{result['command']}`", stopped]
+    about = [", ".join(dict.fromkeys(of_each)) for of_each in zip(*map(_about, results))]  # what is the same, once
     return f"{text}\n*{'; '.join(filter(None, about))}*\n"
 
 
+def _about(result: dict) -> list[str]:
+    """For a caption: model, machine, versions, date, command."""
+    settings, versions = result["settings"], result["versions"]
+    model = f"{settings['shape']}'s shape" if "shape" in settings else ""
+    model += f", {settings['layers']} layers" if settings.get("layers") else ""
+    shown = ", ".join(f"{package} {version}" for package, version in versions.items() if package in SHOWN)
+    notes = []
+    if "cuda" in versions and "liger-kernel" in versions:  # there it computes the loss of trees
+        notes.append(f"with liger-kernel {versions['liger-kernel']}")
+    if not result["finished"]:
+        notes.append("stopped before the end")
+    command = f"`{result['command']}`" + (f" ({', '.join(notes)})" if notes else "")
+    return [model, result["machine"], shown, result["date"], command]
+
+
 def npass(result: dict) -> list[list[str]]:
-    """Seconds of one-pass; times that of the others."""
+    """Seconds of one-pass; times that of the others. Without the groups of which an interrupted run has one-pass and nothing to
+    compare it with."""
+    groups = _by(result["rows"], "group", "method")
     return _columns(
-        result["rows"],
+        [row for row in result["rows"] if list(groups[row["group"]]) != ["one-pass"] or "error" in row],
         {
             "conversations": lambda row: row["group"],
             "method": lambda row: row["method"],
@@ -80,6 +96,29 @@ def headline(result: dict) -> list[list[str]]:
     return table
 
 
+def side_by_side(result: dict) -> list[list[str]]:
+    """A line for each group: seconds, times one-pass and peak memory of every method that was measured beside one-pass."""
+    columns = {
+        "one-pass": "one-pass",
+        "packed rows": "N-pass, packed",
+        "padded batches": "N-pass, padded batches",
+        "one sequence at a time, logits at targets": "N-pass, sequences, logits at targets",
+        "published one-pass": "published one-pass",
+    }
+
+    def cell(row: dict) -> str:
+        times, gib = row["one-pass is faster by"]["median"], row["peak MiB"] / 2**10
+        return f"{row['step']['median']:.2f} s, {times:.2f}×, {gib:.1f} GiB"
+
+    table = [["conversations", "tokens", *columns]]
+    for group, of in _by(_measured(result), "group", "method").items():
+        if len(of) > 1 and "one-pass" in of:
+            tokens = f"{of['one-pass']['tokens']:,} → {of['one-pass']['tokens run']:,}"
+            cells = [cell(of[method]) if method in of else MISSING for method in columns.values()]
+            table.append([group, tokens, *cells])
+    return table
+
+
 def attention(result: dict) -> list[list[str]]:
     """Forward and backward of all contenders, problem by problem."""
     problems = [tuple(row[key] for key in ("conversation", "length", "heads", "dtype")) for row in result["rows"]]
@@ -89,7 +128,7 @@ def attention(result: dict) -> list[list[str]]:
         {
             "row": lambda row: row["conversation"],
             "tokens": lambda row: f"{row['length']:,}",
-            "heads": lambda row: row["heads"],
+            "heads": lambda row: f"{row['heads']}, {row['dtype']}",
             "visible, of visited tiles": lambda row: (
                 MISSING if row["attention"] == PLAIN else f"{row['visible']:.0%}, {row['visible of visited tiles']:.0%}"
             ),
@@ -192,13 +231,36 @@ def accuracy(result: dict) -> list[list[str]]:
     return [*table, ["difference", f"{result['largest_difference']:.1e} at most", same, ""]]
 
 
+def kernel_configs(result: dict) -> list[list[str]]:
+    """The three fastest of each kernel, and the pinned one."""
+    kinds, chosen = {}, []
+    for row in result["rows"]:
+        kinds.setdefault((row["head size"], row["kernel"]), []).append(row)
+    for rows in kinds.values():
+        fastest = sorted((row for row in rows if "error" not in row), key=lambda row: row["time"]["median"])[:3]
+        chosen += fastest + [row for row in rows if row["pinned"] and row not in fastest]
+    return _columns(
+        chosen,
+        {
+            "kernel": lambda row: row["kernel"],
+            "head size": lambda row: str(row["head size"]),
+            "queries, keys, warps, stages": lambda row: row["m, n, warps, stages"].strip("()"),
+            "": lambda row: "pinned" if row["pinned"] else "",
+            "time": lambda row: _milliseconds(row["time"]),
+        },
+    )
+
+
 TABLES: dict[str, Callable[[dict], list[list[str]]]] = {
     table.__name__: table
-    for table in (headline, npass, attention, growth, split, groups, loss_memory, preprocessing, accuracy)
-}
+    for table in (
+        headline, side_by_side, npass, attention, growth, split, groups, loss_memory, preprocessing, accuracy,
+        kernel_configs,
+    )
+}  # fmt: skip
 
 
-MARKED = re.compile(rf"(<!-- table: ({'|'.join(TABLES)})_(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(rf"(<!-- table: ({'|'.join(TABLES)})_([\w+]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _measured(result: dict) -> list[dict]:
@@ -240,7 +302,8 @@ def _from_to(measured: dict, form: str) -> str:
 
 
 def _milliseconds(measured: dict) -> str:
-    return f"{measured['median'] * 1e3:,.0f} ms"
+    milliseconds = measured["median"] * 1e3
+    return f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ NAMES = sorted(path.stem for path in (BENCHMARKS / "configs").glob("*.yaml"))
 # What a row is about, as far as there is a table; `loss` is a number elsewhere, which no table shows.
 IDENTITY = {
     "group", "method", "turns", "parts", "loss", "conversation", "length", "heads", "dtype", "attention", "visible",
-    "visible of visited tiles", "conversations", "dataset", "stage", "model",
+    "visible of visited tiles", "conversations", "dataset", "stage", "model", "head size", "kernel", "m, n, warps, stages",
+    "pinned",
 }  # fmt: skip
 CONVERSATION = {"turns": [3, 3], "lengths": [30, 60, 20]}
 COMPLETIONS = {"completions": 4, "lengths": [60, 30]}
@@ -67,7 +68,7 @@ def test_smallest_size(name, tmp_path):
             losses.setdefault(row.get(SAME_LOSS[name]), []).append(row["loss"])
         for of_one in losses.values():
             assert len(of_one) > 1 and of_one == pytest.approx([of_one[0]] * len(of_one), rel=1e-5)
-    for table in [name] * (name in report.TABLES) + ["headline"] * (name == "npass"):
+    for table in [name, "headline", "side_by_side"] if name == "npass" else [name]:
         first, *others = result["rows"]
         failed = {key: first[key] for key in IDENTITY & set(first)} | {"error": "MemoryError: none left"}
         for rows in (
@@ -77,7 +78,11 @@ def test_smallest_size(name, tmp_path):
             [failed, *others],
         ):  # whole, stopped after a row, with a failure
             head, *lines = report.TABLES[table](result | {"rows": rows})
-            assert (lines or table == "headline") and all(len(line) == len(head) for line in lines)
+            assert all(len(line) == len(head) for line in lines)
+            if name == "npass" and rows == [first]:
+                assert not lines, "one-pass, compared with nothing"
+            else:
+                assert lines or table in ("headline", "side_by_side")
             if rows[0] is failed and table in ("npass", "attention", "split", "groups", "loss_memory"):
                 assert report.MISSING in lines[0] and "" not in lines[0][1:]
 
@@ -87,7 +92,7 @@ def test_tables_of_the_pages_are_those_of_the_results(page):
     """A figure in a table that no result file has."""
     text = page.read_text()
     assert report.render(text) == text, "run python benchmarks/report.py"
-    assert len(re.findall(r"<!-- table: \w+ -->", text)) == len(report.MARKED.findall(text)) > 0
+    assert len(re.findall(r"<!-- table: \S+ -->", text)) == len(report.MARKED.findall(text)) > 0
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda path: path.stem)
@@ -327,6 +332,41 @@ def test_headline_by_hand():
 
 
 def test_gpu_benchmarks_take_eight_minutes():
-    runs = re.search(r"for run in (.*?);", (BENCHMARKS.parent / "Makefile").read_text())[1].split()
-    seconds = {name: int(limit) for name, limit in (run.split(":") for run in runs)}
-    assert set(seconds) == set(NAMES) - {"preprocessing", "accuracy"} and sum(seconds.values()) <= 480
+    runs = re.search(r"for run in (.*?);", (BENCHMARKS.parent / "Makefile").read_text(), re.DOTALL)[1]
+    names, sizes, seconds = zip(*(run.split() for run in re.findall('"(.*?)"', runs)))
+    assert set(names) == set(NAMES) - {"preprocessing", "accuracy"} and sum(map(int, seconds)) <= 480
+    for name, size in zip(names, sizes):
+        assert size in yaml.safe_load((BENCHMARKS / "configs" / f"{name}.yaml").read_text())
+
+
+def test_sizes_in_one_table(tmp_path, monkeypatch):
+    """Their rows one after the other; in the caption once what is the same, and what is not for each."""
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    same = {"settings": {}, "machine": "a GPU", "date": "2026-01-01"}
+    for size, ms, finished, more in (("x", 0.12345, False, {"liger-kernel": "1"}), ("y", 1234.5, True, {})):
+        row = {"head size": 64, "kernel": size, "m, n, warps, stages": "(1, 2)", "pinned": True}
+        row["time"] = common.spread([ms / 1e3])
+        result = same | {
+            "command": f"run {size}",
+            "finished": finished,
+            "versions": {"torch": "2", "cuda": "13"} | more,
+        }
+        (tmp_path / "results" / f"kernel_configs_{size}.json").write_text(json.dumps(result | {"rows": [row]}))
+    mark = "<!-- table: kernel_configs_x+y -->\n"
+    _, _, x, y, _, caption, _ = report.render(f"{mark}<!-- end -->").removeprefix(mark).split("\n")
+    assert (x, y) == ("| x | 64 | 1, 2 | pinned | 0.123 ms |", "| y | 64 | 1, 2 | pinned | 1,234 ms |")
+    notes = "with liger-kernel 1, stopped before the end"
+    assert caption == f"*a GPU; torch 2; 2026-01-01; `run x` ({notes}), `run y`*"
+
+
+def test_side_by_side_by_hand():
+    def row(method, seconds):
+        of = {"group": "g", "method": method, "tokens": 1000, "tokens run": 500, "peak MiB": 2560.0}
+        return of | {"step": common.spread([seconds]), "one-pass is faster by": common.spread([seconds / 2])}
+
+    rows = [row("one-pass", 2), {"group": "g", "method": "N-pass, padded batches", "error": "OutOfMemoryError: x"}]
+    assert len(report.side_by_side({"rows": rows})) == 1, "nothing to compare with"
+    _, found = report.side_by_side({"rows": [*rows, row("N-pass, packed", 5)]})
+    measured = ["2.00 s, 1.00×, 2.5 GiB", "5.00 s, 2.50×, 2.5 GiB"]
+    assert found == ["g", "1,000 → 500", *measured, *[report.MISSING] * 3]

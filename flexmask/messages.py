@@ -71,12 +71,12 @@ class Conversation(dict):
         ignored: keys of the record that nobody reads.
     """
 
-    origin: str
-    names: list[str]
-    ignored: list[str]
+    origin: str = ""
+    names: Sequence[str] = ()
+    ignored: Sequence[str] = ()
 
 
-def read_conversation(record, origin: str, columns: Mapping[str, str] | None = None) -> Conversation:
+def read_conversation(record, origin: str = "", columns: Mapping[str, str] | None = None) -> Conversation:
     """A conversation from a record in any form that is known.
 
     Args:
@@ -84,7 +84,7 @@ def read_conversation(record, origin: str, columns: Mapping[str, str] | None = N
             `prompt` and `completion` (likewise; only the completion is trained). Beside them `tools`, `functions` or
             `tool_defs`; `system` or `system_prompt`, a text that becomes the first message; `chat_template_kwargs`. Lists
             and objects may be JSON text.
-        origin: where it came from.
+        origin: where it came from; errors begin with it.
         columns: name here -> name in the record, for records that call these columns otherwise.
 
     Raises:
@@ -93,7 +93,7 @@ def read_conversation(record, origin: str, columns: Mapping[str, str] | None = N
     try:
         return _read(record, origin, columns or {})
     except ConversationError as error:
-        raise ConversationError(f"{origin}: {error}") from error
+        raise ConversationError(f"{origin}: {error}" if origin else str(error)) from error
 
 
 def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:

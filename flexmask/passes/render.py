@@ -1,0 +1,442 @@
+"""A conversation -> its N passes, rendered by the model's own chat template.
+
+A pass is what inference sees and what the model should answer: the prompt is the template over everything before an
+assistant message, with the generation prompt; the completion is what the model would have generated, reasoning and
+end-of-turn token included. The two are tokenised separately, as at inference.
+
+The completion is what the template itself continues the prompt with. Where a template cannot show its own target (it drops
+the reasoning, or its prompt opens a block that history has not), the visible part of the message is taken from what the
+template does show, and what comes before it from short conversations in which it shows that (`Template.lead`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..messages import (
+    NOTHING_TO_TRAIN,
+    Conversation,
+    ConversationError,
+    is_trained,
+    read_conversation,
+    read_messages,
+    read_tools,
+    reasoning_of,
+    text_of,
+    without_nulls,
+)
+from .template import Kind, Template, marked, template_of, unmarked, visible_at
+
+TRAIN_ON = ("all", "last")
+EMPTY_REASONING = ("prompt", "keep", "drop", "error")
+# Keys of a message that are read here, whatever the template reads.
+_READ = {
+    "role",
+    "content",
+    "train",
+    "weight",
+    "reasoning_weight",
+    "tool_calls",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One training sequence: a context, then one generated message.
+
+    Attributes:
+        input_ids: the tokens of the context and of the generated message.
+        loss_mask: one entry per token, True where this pass supervises the token.
+        weight: of the pass in the loss. It multiplies the weights of its tokens.
+        token_weight: one entry per token, of which those of supervised tokens count; 1 by default.
+    """
+
+    input_ids: Sequence[int]
+    loss_mask: Sequence[bool]
+    weight: float = 1.0
+    token_weight: Sequence[float] | None = None
+
+
+def render_passes(
+    messages: Sequence[Mapping],
+    tokenizer,
+    *,
+    tools: Sequence | None = None,
+    chat_template: str | None = None,
+    reasoning_format: str | None = None,
+    end_of_turn: str | None = None,
+    train_on: str = "all",
+    empty_reasoning: str = "prompt",
+    reasoning_weight: float = 1.0,
+    counts: Counter | None = None,
+    **template_kwargs,
+) -> list[Pass]:
+    """Render one pass for each assistant message to be trained.
+
+    Args:
+        messages: dicts with `role` and `content`, in any form that `messages.read_messages` knows. An assistant message
+            with `"train": False` or weight 0 is context only; one with a `weight` counts so much in the loss, and its
+            reasoning `reasoning_weight` times as much. Other keys reach the template as they are.
+        tokenizer: a Hugging Face tokenizer.
+        tools: tool descriptions, as `apply_chat_template` takes them.
+        chat_template: a template to use instead of the tokenizer's own.
+        reasoning_format: how the model writes its reasoning, with the placeholder `{reasoning}`, for templates that
+            cannot render it, e.g. `"<think>\\n{reasoning}\\n</think>\\n\\n"`. By default it is detected.
+        end_of_turn: token that ends an assistant message, for templates that render none. By default it is detected.
+        train_on: "all" assistant messages, or the "last" one only.
+        empty_reasoning: what becomes of a message without reasoning where the template would write an empty thought.
+            "prompt": it is rendered with the template's thinking switched off (enable_thinking=False), so that the empty
+            thought stands in the prompt; where the template has no such switch, the empty thought is trained. "keep": it
+            is trained. "drop": the message is context only. "error".
+        reasoning_weight: of what comes before the visible part of a message, with its tags; 0 trains answers only. The
+            message's own one wins.
+        counts: is told how many empty thoughts were trained, stand in prompts, or were dropped, and how many messages
+            have a key that nobody reads.
+        **template_kwargs: passed to the template (`enable_thinking=…`).
+
+    Returns:
+        The passes, in the order of the messages; input_ids int64[T] and loss_mask bool[T] as numpy arrays.
+
+    Raises:
+        ConversationError: the messages are malformed, or the template cannot render one of them; the message is named
+            by its index, counted from zero. Or an option cannot be used: a reasoning_format without its placeholder,
+            an end_of_turn that is not one token.
+    """
+    conversation = Conversation(messages=read_messages(messages))
+    conversation.names = [f"message {i} ({m['role']})" for i, m in enumerate(conversation["messages"])]
+    if tools:
+        conversation["tools"] = read_tools(tools)
+    options = _Options(chat_template, reasoning_format, end_of_turn, train_on, empty_reasoning, reasoning_weight)
+    return _Renderer(
+        conversation, tokenizer, options, template_kwargs, Counter() if counts is None else counts
+    ).passes()
+
+
+def render_conversation(conversation, tokenizer, *, counts: Counter | None = None, **options) -> list[Pass]:
+    """The passes of a conversation in the form that datasets have.
+
+    Args:
+        conversation: a record that `messages.read_conversation` reads; or the list of messages. Keys with a null are
+            taken out, at any depth, because the rows of a `datasets.Dataset` have them wherever another row has the
+            key. Only a `Conversation` of `load_conversations` keeps those that its file had.
+        tokenizer, counts, **options: as `render_passes` takes them. The conversation's own chat_template_kwargs win.
+
+    Raises:
+        ConversationError: no messages, or `render_passes` refuses them; the origin of a `Conversation` is named.
+    """
+    if not isinstance(conversation, Conversation):
+        conversation = without_nulls(conversation)
+        record = conversation if isinstance(conversation, Mapping) else {"messages": conversation}
+        conversation = read_conversation(record)
+    names = ("chat_template", "reasoning_format", "end_of_turn", "train_on", "empty_reasoning", "reasoning_weight")
+    chosen = _Options(**{name: options.pop(name) for name in names if name in options})
+    arguments = options | conversation.get("chat_template_kwargs", {})
+    try:
+        counts = Counter() if counts is None else counts
+        return _Renderer(conversation, tokenizer, chosen, arguments, counts).passes()
+    except (ConversationError, TypeError) as error:  # of tokenizers, for half of a surrogate pair
+        raise ConversationError(f"{conversation.origin}: {error}" if conversation.origin else str(error)) from error
+
+
+@dataclass(frozen=True)
+class _Options:
+    """See `render_passes`."""
+
+    chat_template: str | None = None
+    reasoning_format: str | None = None
+    end_of_turn: str | None = None
+    train_on: str = "all"
+    empty_reasoning: str = "prompt"
+    reasoning_weight: float = 1.0
+
+    def check(self, tokenizer) -> None:
+        if self.reasoning_format is not None and self.reasoning_format.count("{reasoning}") != 1:
+            raise ConversationError(
+                f"reasoning_format must contain '{{reasoning}}' exactly once, got {self.reasoning_format!r}"
+            )
+        for name, allowed in (("train_on", TRAIN_ON), ("empty_reasoning", EMPTY_REASONING)):
+            if getattr(self, name) not in allowed:
+                raise ConversationError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if not (self.chat_template or tokenizer.chat_template):
+            raise ConversationError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no chat template; pass chat_template=… (a Jinja template; "
+                "--chat_template_path on the command line)"
+            )
+        end = self.end_of_turn
+        if end is not None and len(tokenizer(end, add_special_tokens=False)["input_ids"]) != 1:
+            raise ConversationError(f"end_of_turn is {end!r}, which is not one token of the tokenizer")
+
+
+@dataclass
+class _Turn:
+    """A message to be trained: its place, what decides how it is written, and the template with the arguments it takes."""
+
+    index: int
+    kind: Kind
+    template: Template
+    prompt: str = ""
+    lead: str = ""  # of the completion: what comes before its first visible piece
+    completion: str = ""
+
+
+class _Renderer:
+    """Renders one conversation."""
+
+    def __init__(self, conversation: Conversation, tokenizer, options: _Options, arguments: Mapping, counts: Counter):
+        options.check(tokenizer)
+        self._messages, self._names = conversation["messages"], conversation.names
+        self._tools, self._tokenizer, self._options, self._counts = (
+            conversation.get("tools"),
+            tokenizer,
+            options,
+            counts,
+        )
+        self._template = template_of(tokenizer, options.chat_template, options.reasoning_format, arguments)
+
+    def passes(self) -> list[Pass]:
+        turns = self._turns()
+        for template in dict.fromkeys(turn.template for turn in turns):
+            self._render(template, [turn for turn in turns if turn.template is template])
+        self._check_tools(turns[0])
+        self._check_context(turns[-1])
+        for turn in turns:
+            self._check_completion(turn)
+        self._count(turns)
+        return self._tokenize(turns)
+
+    def _turns(self) -> list[_Turn]:
+        """The messages to be trained; those without reasoning as `empty_reasoning` says."""
+        targets = [i for i, message in enumerate(self._messages) if is_trained(message)]
+        turns = []
+        for i in targets[-1:] if self._options.train_on == "last" else targets:
+            turn = _Turn(i, Kind.of(self._messages[:i], self._messages[i]), self._template)
+            if not (turn.kind.reasoning or turn.kind.content or turn.kind.calls):
+                raise self._error(i, 'has nothing to train (no content, no reasoning, no call); mark it "train": false')
+            if not turn.kind.reasoning and self._writes_empty_thought(turn):
+                if self._options.empty_reasoning == "error":
+                    raise self._error(
+                        i,
+                        "has no reasoning, and the chat template would train an empty thought (empty_reasoning is 'error')",
+                    )
+                if self._options.empty_reasoning == "drop":
+                    self._counts["empty thoughts: messages not trained"] += 1
+                    continue
+                if self._options.empty_reasoning == "prompt" and self._template.switch:
+                    turn.template = self._template.with_arguments(**{self._template.switch: False})
+                    self._counts["empty thoughts in the prompt"] += 1
+            turns.append(turn)
+        if not turns:
+            raise ConversationError(
+                NOTHING_TO_TRAIN if not targets else "all its messages have empty thoughts (empty_reasoning is 'drop')"
+            )
+        return turns
+
+    def _writes_empty_thought(self, turn: _Turn) -> bool:
+        try:
+            return turn.template.lead(turn.kind).thinks
+        except ConversationError:
+            return False
+
+    def _render(self, template: Template, turns: Sequence[_Turn]) -> None:
+        """Prompts and completions of turns with one set of arguments."""
+        contexts = [self._messages[: turn.index] for turn in turns]
+        prompts = self._apply(template, contexts, turns, generate=True)
+        messages = [[*context, marked(self._messages[turn.index])] for context, turn in zip(contexts, turns)]
+        for turn, prompt, answered in zip(turns, prompts, self._apply(template, messages, turns)):
+            turn.prompt = prompt
+            turn.lead, visible = self._parts(turn, answered)
+            completion = template.finished(turn.lead + visible, turn.kind.calls, self._options.end_of_turn)
+            if completion is None:
+                raise self._error(
+                    turn.index,
+                    "the chat template writes no end-of-turn token after it and the tokenizer has no eos_token; pass "
+                    "end_of_turn=… (the token with which the model ends its turn)",
+                )
+            turn.completion = completion
+
+    def _parts(self, turn: _Turn, answered: str) -> tuple[str, str]:
+        """Of the completion of a turn what comes before the first visible piece, and the rest."""
+        message, template, prompt = self._messages[turn.index], turn.template, turn.prompt
+        at = visible_at(answered)
+        if template.shown_lead(prompt, answered, message) is not None:
+            return unmarked(answered[len(prompt) : at]), unmarked(answered[at:])
+        if not (turn.kind.content or turn.kind.calls) and answered.startswith(prompt):
+            return unmarked(answered[len(prompt) :]), ""
+        if at < 0:
+            raise self._not_rendered(turn, answered)
+        try:
+            lead = template.lead(turn.kind)
+            if not prompt.endswith(lead.prompt_end):
+                raise template.mismatch(prompt, answered)
+        except ConversationError as error:
+            raise self._error(turn.index, str(error)) from error
+        return lead.before + reasoning_of(message).strip() + lead.after, unmarked(answered[at:])
+
+    def _apply(self, template: Template, conversations, turns: Sequence[_Turn], *, generate: bool = False) -> list[str]:
+        try:
+            return template.render(conversations, self._tools, generate=generate)
+        except Exception:
+            for messages, turn in zip(conversations, turns):  # which one was it?
+                try:
+                    template.render([messages], self._tools, generate=generate)
+                except Exception as error:
+                    raise self._failed(messages, turn, error, generate) from error
+            raise
+
+    def _failed(self, messages, turn: _Turn, error: Exception, generate: bool) -> ConversationError:
+        if not messages:
+            return self._error(turn.index, 'has nothing before it, so there is no prompt; mark it "train": false')
+        what = "its context" if generate else "it"
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return self._error(turn.index, f"the chat template failed while rendering {what}: {text}")
+
+    def _error(self, index: int, text: str) -> ConversationError:
+        return ConversationError(f"{self._names[index]}: {text}")
+
+    # Nothing may be lost in rendering.
+
+    def _check_tools(self, turn: _Turn) -> None:
+        """A template that knows no tools leaves them out without a word."""
+        if not self._tools:
+            return
+        [without] = turn.template.render([self._messages[: turn.index]], generate=True)
+        for tool in self._tools:
+            name = tool["function"]["name"]
+            if turn.prompt.count(name) <= without.count(name):
+                other = turn.template.tool_arguments()
+                raise ConversationError(
+                    f"the chat template does not render the tool {name!r}; leave tools out, or pass "
+                    + (f"them as it takes them ({other}), or " if other else "")
+                    + "a chat_template=… that supports them (--chat_template_path on the command line)"
+                )
+
+    def _check_context(self, turn: _Turn) -> None:
+        """Every text before the last turn is in its prompt, as often as the messages hold it."""
+        context = self._messages[: turn.index]
+        texts = [text_of(message).strip() for message in context]
+        for i, text in enumerate(texts):
+            if not text or "</think>" in text:
+                continue
+            expected = sum(other.count(text) for other in texts)
+            if turn.prompt.count(text) >= expected or _as_json(text, turn.prompt):
+                continue
+            if context[i]["role"] == "assistant" and text not in turn.prompt:
+                raise self._error(
+                    i, f"the chat template does not render its content as it is; content starts {text[:60]!r}"
+                )
+            raise self._error(
+                i,
+                "the chat template does not render it (or not as it is) in the prompt of "
+                f"{self._names[turn.index]}; leave it out, move it, or pass a chat_template=… that renders it",
+            )
+
+    def _check_completion(self, turn: _Turn) -> None:
+        """Reasoning, content and calls of a message stand in its completion, one after the other."""
+        message, rest = self._messages[turn.index], turn.completion
+        for text in (reasoning_of(message).strip(), text_of(message).strip()):
+            if text not in rest:
+                raise self._not_rendered(turn, turn.completion)
+            rest = rest.replace(text, "", 1) if text else rest
+        for call in message.get("tool_calls", ()):
+            name = call["function"]["name"]
+            pieces = [name, *_leaves(call["function"]["arguments"])]
+            for piece in pieces:
+                if piece not in rest and not _as_json(piece, rest):
+                    raise self._error(
+                        turn.index,
+                        f"the chat template does not render its call of the tool {name!r}"
+                        + (f" as it is ({piece[:60]!r} is missing)" if piece != name else "")
+                        + "; pass a chat_template=… that supports tools (--chat_template_path on the command line)",
+                    )
+            rest = rest.replace(name, "", 1)
+
+    def _not_rendered(self, turn: _Turn, rendered: str) -> ConversationError:
+        message = self._messages[turn.index]
+        if turn.kind.calls and not turn.kind.content:
+            name = message["tool_calls"][0]["function"]["name"]
+            return self._error(
+                turn.index,
+                f"the chat template does not render its call of the tool {name!r}; pass a chat_template=… that supports "
+                "tools (--chat_template_path on the command line)",
+            )
+        text = text_of(message)
+        return self._error(
+            turn.index,
+            f"the chat template does not render its content as it is; content starts {text[:60]!r}, rendered as "
+            f"{unmarked(rendered)[-80:]!r}",
+        )
+
+    def _count(self, turns: Sequence[_Turn]) -> None:
+        for turn in turns:
+            if not turn.kind.reasoning and turn.template.thinks(turn.lead):
+                self._counts["empty thoughts trained"] += 1
+        words = self._template.words
+        for message in self._messages:
+            for key in message.keys() - _READ:
+                if key not in words:
+                    self._counts[f"messages with a key {key!r} that nobody reads"] += 1
+
+    def _tokenize(self, turns: Sequence[_Turn]) -> list[Pass]:
+        anchor = _anchor(self._tokenizer, len(self._tokenizer))
+        texts = [turn.prompt for turn in turns] + [anchor + turn.completion for turn in turns]
+        weights = [self._messages[turn.index].get("reasoning_weight", self._options.reasoning_weight) for turn in turns]
+        offsets = any(weight != 1 for weight in weights)
+        if offsets and not self._tokenizer.is_fast:
+            raise ConversationError("reasoning_weight needs a fast tokenizer, which tells where each token begins")
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        encoded = self._tokenizer(texts, return_offsets_mapping=offsets, **options)
+        ids = encoded["input_ids"]
+        skip = len(self._tokenizer(anchor, add_special_tokens=False)["input_ids"]) if anchor else 0
+        passes = []
+        for k, turn in enumerate(turns):
+            prompt, completion = ids[k], ids[len(turns) + k][skip:]
+            loss_mask = np.zeros(len(prompt) + len(completion), bool)
+            loss_mask[len(prompt) :] = True
+            token_weight = None
+            if weights[k] != 1:
+                ends = np.array([end for _, end in encoded["offset_mapping"][len(turns) + k][skip:]])
+                token_weight = np.ones(len(loss_mask), np.float32)
+                token_weight[len(prompt) :][ends <= len(anchor) + len(turn.lead)] = weights[k]
+            weight = float(self._messages[turn.index].get("weight", 1.0))
+            passes.append(Pass(np.array(prompt + completion, np.int64), loss_mask, weight, token_weight))
+        return passes
+
+
+def _leaves(value) -> list[str]:
+    """Keys and texts and numbers of arguments, as they would be written."""
+    if isinstance(value, Mapping):
+        return [piece for key, item in value.items() for piece in (str(key), *_leaves(item))]
+    if isinstance(value, list):
+        return [piece for item in value for piece in _leaves(item)]
+    if value is None or isinstance(value, bool):
+        return []  # true, True, null, None
+    return [value.strip() if isinstance(value, str) else json.dumps(value)]
+
+
+def _as_json(text: str, rendered: str) -> bool:
+    """Whether a text was rendered as JSON text."""
+    return any(json.dumps(text, ensure_ascii=ascii)[1:-1] in rendered for ascii in (False, True))
+
+
+@functools.lru_cache(maxsize=8)
+def _anchor(tokenizer, size: int) -> str:
+    """Text to put before a completion while it is tokenised, for tokenizers that write a space before the first word.
+
+    SentencePiece tokenizers do (Llama 2, Phi-3); a model that continues a prompt does not. (`size` is in the key because
+    tokens can be added to a tokenizer.)
+    """
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    eos = tokenizer.eos_token
+    return eos if eos and encode(eos + "a") != encode(eos) + encode("a") else ""

@@ -1,0 +1,581 @@
+"""A chat template, and what rendering a few probes shows of it: once, not for every conversation.
+
+A template is a program that nobody has to have written for training. How it wants its input, what it writes before an answer
+and after it, and how a model that follows it thinks, is found out here by letting it render short conversations of marked
+texts, and never by its name.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jinja2.meta
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from ..messages import REASONING_FIELDS, ConversationError, reasoning_of, text_of
+
+# Control tokens as templates write them. Texts are never compared in the middle of one.
+_TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,30}\]|◁[^▷\s]{1,30}▷")
+# A tag that begins a thought, at the end of a prompt. What ends it is known only where it is written <x> or [X].
+_OPENING = re.compile(
+    r"[<\[◁](?!/)[^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]▷](?P<space>\s*)$", re.IGNORECASE
+)
+_PLAIN = re.compile(r"(?P<begin>[<\[])(?P<name>[\w:]+)[>\]]")
+_EMPTY_THOUGHT = re.compile(r"(?P<open>\s*[<\[](?P<name>[\w:]+)[>\]]\s*)(?P<close>[<\[]/(?P=name)[>\]])")
+_SWITCHES = ("enable_thinking", "thinking")  # of templates, as booleans
+
+# Marks are put behind the first visible character of a text, where no template strips them.
+REASONING_MARK, CONTENT_MARK, CALL_MARK = "@@flexmask-r@@", "@@flexmask-c@@", "@@flexmask-f@@"
+_USER, _NEXT, _ANSWER, _THOUGHT = "Qflexmask1", "Nflexmask2", "Aflexmask3", "Tflexmask4"
+_NAME, _KEY, _VALUE = "flexmask_f", "flexmask_k", "flexmask_v"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "Any."}}},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Lead:
+    """What a model writes between its prompt and the first visible piece of its message (its content, or the name in its
+    first call): `before`, the reasoning, `after`.
+
+    Attributes:
+        prompt_end: how the prompt has to end, from the last message on.
+        thinks: whether there is a thought, be it an empty one.
+    """
+
+    before: str
+    after: str
+    prompt_end: str
+    thinks: bool
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What decides how a message is written: the role before it, and whether it has reasoning, content, calls."""
+
+    follows: str
+    reasoning: bool
+    content: bool
+    calls: bool
+
+    @classmethod
+    def of(cls, context: Sequence[Mapping], message: Mapping) -> Kind:
+        follows = context[-1]["role"] if context else "system"
+        parts = reasoning_of(message).strip(), text_of(message).strip(), message.get("tool_calls")
+        return cls(follows if follows in ("tool", "assistant") else "user", *map(bool, parts))
+
+
+class Template:
+    """A tokenizer's chat template with the arguments that it is called with.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        source: the template; None for the tokenizer's own.
+        reasoning_format: how the model writes reasoning, if the user has said it.
+        arguments: for the template.
+    """
+
+    def __init__(self, tokenizer, source: str | None, reasoning_format: str | None, arguments: Mapping):
+        self.tokenizer, self._given, self.arguments = tokenizer, source, dict(arguments)
+        self._format = reasoning_format
+        self._leads: dict[Kind, Lead | str] = {}
+
+    # What it is called with, and what it reads.
+
+    @functools.cached_property
+    def source(self) -> str:
+        """The text of the template (of several by name, the one that is taken without tools)."""
+        return self.tokenizer.get_chat_template(self._given)
+
+    @functools.cached_property
+    def variables(self) -> frozenset[str]:
+        """What it reads from outside: `messages`, `tools`, switches, …"""
+        return frozenset(jinja2.meta.find_undeclared_variables(self._syntax))
+
+    @functools.cached_property
+    def words(self) -> frozenset[str]:
+        """Every name and text in it: a key of a message that is not among them is not read."""
+        nodes = self._syntax.find_all(
+            (jinja2.nodes.Getattr, jinja2.nodes.Name, jinja2.nodes.Const, jinja2.nodes.Keyword)
+        )
+        names = ("attr", "name", "value", "key")
+        return frozenset(str(getattr(node, name)) for node in nodes for name in names if hasattr(node, name))
+
+    @functools.cached_property
+    def _syntax(self):
+        return _compile_jinja_template(self.source).environment.parse(self.source)
+
+    def with_arguments(self, **arguments) -> Template:
+        """The same template with further arguments; what it learns is kept."""
+        return template_of(self.tokenizer, self._given, self._format, self.arguments | arguments)
+
+    @functools.cached_property
+    def switch(self) -> str | None:
+        """The argument that, set to False, makes the prompt ask for an answer without a thought."""
+        conversation = [{"role": "user", "content": _USER}]
+        now = self._try(conversation, generate=True, as_they_are=False)
+        for name in _SWITCHES:
+            if name in self.variables and now is not None:
+                off = Template(self.tokenizer, self._given, self._format, self.arguments | {name: False})
+                if self.arguments.get(name) is not False and off._try(
+                    conversation, generate=True, as_they_are=False
+                ) not in (None, now):
+                    return name
+        return None
+
+    def thinking_arguments(self) -> str:
+        """The arguments that have to do with thinking, for errors."""
+        found = sorted(name for name in self.variables if re.search("think|reason", name))
+        return ", ".join(f"{name}=…" for name in found) or "enable_thinking=…"
+
+    def tool_arguments(self) -> str:
+        """The arguments other than `tools` that have to do with tools, for errors."""
+        return ", ".join(f"{name}=…" for name in sorted(self.variables) if "tool" in name and name != "tools")
+
+    # Rendering.
+
+    def render(self, conversations: Sequence[Sequence[Mapping]], tools=None, *, generate: bool = False) -> list[str]:
+        """Render conversations of messages that were read, each in the form that the template takes.
+
+        Raises:
+            Exception: whatever the template raises.
+        """
+        conversations = [[self._as_taken(message) for message in messages] for messages in conversations]
+        return self._apply(conversations, tools, generate)
+
+    def _apply(self, conversations, tools, generate: bool) -> list[str]:
+        return self.tokenizer.apply_chat_template(
+            conversations,
+            tools=tools,
+            chat_template=self._given,
+            tokenize=False,
+            add_generation_prompt=generate,
+            **self.arguments,
+        )
+
+    def _try(self, messages, tools=None, *, generate: bool = False, as_they_are: bool = True) -> str | None:
+        """One conversation, or None if the template raises."""
+        try:
+            if not as_they_are:
+                return self.render([messages], tools, generate=generate)[0]
+            return self._apply([messages], tools, generate)[0]
+        except Exception:
+            return None
+
+    def _as_taken(self, message: Mapping) -> dict:
+        message = dict(message)
+        if message["role"] == "developer" and not self._has_developer:
+            message["role"] = "system"
+        if self._wants_parts:
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        else:
+            message["content"] = text_of(message)
+        if self._wants_text_as_arguments and message.get("tool_calls"):
+            message["tool_calls"] = [_with_text_as_arguments(call) for call in message["tool_calls"]]
+        return message
+
+    @functools.cached_property
+    def _wants_parts(self) -> bool:
+        """Whether it takes content only as a list of parts. One that takes texts gets texts."""
+        texts = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+        parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in texts]
+        as_text, as_parts = (self._try(form) or "" for form in (texts, parts))
+        return not _holds(as_text, _USER, _ANSWER) and _holds(as_parts, _USER, _ANSWER) and "'text'" not in as_parts
+
+    @functools.cached_property
+    def _wants_text_as_arguments(self) -> bool:
+        """Whether it takes the arguments of calls only as JSON text."""
+        call = {"type": "function", "id": "abcdefghi", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}
+        results = []
+        for form in (call, _with_text_as_arguments(call)):
+            content = [{"type": "text", "text": ""}] if self._wants_parts else ""
+            user = [{"type": "text", "text": _USER}] if self._wants_parts else _USER
+            probe = [{"role": "user", "content": user}, {"role": "assistant", "content": content, "tool_calls": [form]}]
+            text = self._try(probe, [_TOOL]) or self._try(probe) or ""
+            body = text[text.rfind(_USER) :]
+            # Python's notation, or JSON text as a JSON string, is not what a model writes.
+            results.append(_VALUE in body and f"'{_KEY}'" not in body and f'\\"{_KEY}' not in body)
+        as_object, as_text = results
+        return as_text and not as_object
+
+    @functools.cached_property
+    def _has_developer(self) -> bool:
+        """Whether it renders messages of the role developer. Where it does not, they are rendered as system messages."""
+        text = _USER if not self._wants_parts else [{"type": "text", "text": _USER}]
+        question = _NEXT if not self._wants_parts else [{"type": "text", "text": _NEXT}]
+        probe = [{"role": "developer", "content": text}, {"role": "user", "content": question}]
+        return _holds(self._try(probe, generate=True) or "", _USER, _NEXT)
+
+    # What it writes before a message.
+
+    def lead(self, kind: Kind) -> Lead:
+        """How a message of this kind is led in.
+
+        Raises:
+            ConversationError: the template does not show it.
+        """
+        if kind not in self._leads:
+            try:
+                self._leads[kind] = self._find_lead(kind)
+            except ConversationError as error:
+                self._leads[kind] = str(error)
+        found = self._leads[kind]
+        if isinstance(found, str):
+            raise ConversationError(found)
+        return found
+
+    def _find_lead(self, kind: Kind) -> Lead:
+        context, message = _probe(kind)
+        prompt = self._try(context, self._probe_tools(kind), generate=True, as_they_are=False)
+        answered = self._try([*context, marked(message)], self._probe_tools(kind), as_they_are=False)
+        if prompt is None or answered is None:
+            raise ConversationError("the chat template failed on a short conversation of this kind")
+        prompt_end = prompt[prompt.rfind(text_of(context[-1])) + len(text_of(context[-1])) :]
+        lead = self.shown_lead(prompt, answered, message)
+        if lead is not None:
+            return Lead(*lead, prompt_end, self.thinks("".join(lead)))
+        begin = self.opened(prompt)
+        same = len(prompt) - len(begin) if begin else len(common_start(prompt, answered))
+        at = max(visible_at(answered), 0)
+        stub = answered[same:at] if answered.startswith(prompt[:same]) else ""
+        shown = _after_reasoning(answered, message)
+        if shown is not None and not begin:
+            raise self.mismatch(prompt, answered)
+        if self._format and (kind.reasoning or begin):
+            before, after = self._format.split("{reasoning}")
+            before = "" if prompt.endswith(before) else before
+            return Lead(before if kind.reasoning else "", after, prompt_end, True)
+        if begin:
+            after = self._end_of_thought(kind, begin, stub) if shown is None else shown
+            return Lead("", after, prompt_end, True)
+        rest = prompt[same:]
+        if rest.strip() and not self._is_closed(rest):
+            raise self.mismatch(prompt, answered)
+        if not kind.reasoning:
+            return Lead(stub, "", prompt_end, self.thinks(stub))
+        if rest.strip():
+            raise self.mismatch(prompt, answered)
+        empty = _EMPTY_THOUGHT.search(stub)
+        if empty:
+            return Lead(stub[: empty.end("open")], stub[empty.start("close") :], prompt_end, True)
+        shown = self._shown_with_other_arguments(kind)
+        raise ConversationError(
+            f"the chat template drops its reasoning and renders only {answered[same:][:80]!r}"
+            + (
+                f"; pass {shown}, with which it renders it"
+                if shown
+                else ", and how the model writes reasoning could not be "
+            )
+            + (
+                ""
+                if shown
+                else "detected; pass reasoning_format=…, for example '<think>\\n{reasoning}\\n</think>\\n\\n',"
+            )
+            + " or a chat_template=… that renders the reasoning of the last message"
+        )
+
+    def shown_lead(self, prompt: str, answered: str, message: Mapping) -> tuple[str, str] | None:
+        """Before and after the reasoning of a marked message, where the template itself continues the prompt with it."""
+        at = visible_at(answered)
+        if not answered.startswith(prompt) or at < len(prompt):
+            return None
+        lead, after = answered[len(prompt) : at], _after_reasoning(answered, message)
+        if (after is not None) != bool(reasoning_of(message).strip()):
+            return None
+        if self.opened(prompt) and not self.thinks(lead if after is None else after):
+            return None  # an answer inside an open block
+        return (lead, "") if after is None else (lead[: lead.index(REASONING_MARK) - 1], after)
+
+    def thinks(self, lead: str) -> bool:
+        """Whether the end of a thought is in it."""
+        return any(end in lead for end in self._ends)
+
+    def opened(self, prompt: str) -> str:
+        """The text at the end of a prompt that begins a thought, "" if none does."""
+        if self._format:
+            begin = self._format.partition("{reasoning}")[0]
+            if begin.strip() and prompt.endswith(begin):
+                return begin
+        short = prompt.rstrip()
+        for begin, _ in self._thoughts:
+            if short.endswith(begin):
+                return prompt[len(short) - len(begin) :]
+        found = _OPENING.search(prompt)
+        return found[0] if found and "end" not in found[0].lower() else ""
+
+    @functools.cached_property
+    def _thoughts(self) -> list[tuple[str, str]]:
+        """Begin and end of a thought, as the template writes them wherever it renders one."""
+        found = []
+        for kind in (Kind("user", True, True, False), Kind("user", True, False, True)):
+            for shown, after in self._renderings_with_reasoning(kind):
+                head = shown[: shown.index(REASONING_MARK) - 1][-60:]
+                begins, end = list(_TAG.finditer(head)), _TAG.search(after)
+                begin = head[begins[-1].start() :].strip() if begins else ""
+                if end and begin and (begin, end[0]) not in found:
+                    found.append((begin, end[0]))
+        return found
+
+    @functools.cached_property
+    def _ends(self) -> list[str]:
+        return [*dict.fromkeys([*(end for _, end in self._thoughts), "</think>", "[/THINK]"])]
+
+    def _renderings_with_reasoning(self, kind: Kind) -> list[tuple[str, str]]:
+        """A message of this kind with all ways of switching thinking on, where its reasoning is shown; and what follows it."""
+        context, message = _probe(kind)
+        rendered = []
+        for arguments in ({}, *({name: True} for name in _SWITCHES if name in self.variables)):
+            template = Template(self.tokenizer, self._given, None, self.arguments | arguments)
+            text = template._try([*context, marked(message)], self._probe_tools(kind), as_they_are=False)
+            after = _after_reasoning(text, message) if text else None
+            if after is not None:
+                rendered.append((text, after))
+        return rendered
+
+    def _end_of_thought(self, kind: Kind, begin: str, stub: str) -> str:
+        """What a model writes between a thought that its prompt began and the visible piece.
+
+        As the template shows it: for a message of this kind without reasoning, or in history; with reasoning; else as the
+        begin has it, since models leave as much space around their thoughts.
+        """
+        at = min((stub.index(end) for end in self._ends if end in stub), default=None)
+        if at is not None:
+            return stub[at:] if not stub[:at].strip() or stub[:at].strip() == begin.strip() else stub
+        same = Kind(kind.follows, True, kind.content, kind.calls)
+        for _, after in self._renderings_with_reasoning(same):
+            return after
+        plain = _PLAIN.fullmatch(begin.strip())
+        if not plain:
+            raise ConversationError(
+                f"the prompt begins a thought with {begin!r}, and the chat template does not show how it ends; pass "
+                "reasoning_format=…, for example '<think>\\n{reasoning}\\n</think>\\n\\n'"
+            )
+        space = begin[len(begin.rstrip()) :]
+        end = begin.strip().replace(plain["begin"], plain["begin"] + "/", 1)
+        return f"{space}{end}{space * 2}"
+
+    def _is_closed(self, rest: str) -> bool:
+        """Whether what only the prompt has (an empty block, say) leaves no thought open."""
+        return self.thinks(rest) or len(_TAG.findall(rest)) > 1
+
+    def _shown_with_other_arguments(self, kind: Kind) -> str:
+        context, message = _probe(kind)
+        for name in _SWITCHES:
+            if name in self.variables:
+                text = self.with_arguments(**{name: True})._try([*context, marked(message)], as_they_are=False)
+                if text and REASONING_MARK in text:
+                    return f"{name}=True"
+        return ""
+
+    def mismatch(self, prompt: str, answered: str) -> ConversationError:
+        """Prompt and answer do not agree."""
+        answered = unmarked(answered)
+        same = len(common_start(prompt, answered))
+        return ConversationError(
+            "the chat template renders it in a way that does not continue its own prompt: the prompt goes on "
+            f"{prompt[same:][:80]!r} where the answer has {answered[same:][:80]!r}; pass template arguments "
+            f"({self.thinking_arguments()}) or a chat_template=… with which both agree"
+        )
+
+    def _probe_tools(self, kind: Kind) -> list | None:
+        return [_TOOL] if kind.calls or kind.follows == "tool" else None
+
+    # What it writes after a message.
+
+    def finished(self, text: str, calls: bool, end_of_turn: str | None) -> str | None:
+        """A completion that ends with the token that ends the turn, and with nothing after it. None: it is not known."""
+        text = text.removesuffix(self._trailer)
+        short = text.rstrip()
+        if short.endswith(self._closing_tokens):
+            return short
+        token = end_of_turn or self._end_tokens[calls] or self.tokenizer.eos_token
+        return text + token if token else None
+
+    @functools.cached_property
+    def _closing_tokens(self) -> tuple[str, ...]:
+        """Control tokens that can end a turn: not those that only close an element (</tool_call>)."""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        tokens = dict.fromkeys([*added, *self.tokenizer.all_special_tokens])
+        return tuple(token for token in tokens if not token.startswith("</") or token == self.tokenizer.eos_token)
+
+    @functools.cached_property
+    def _after(self) -> tuple[str, str, str, str] | None:
+        """What follows the last text: in a closed question, a prompt, an answer, and an answer before the next question."""
+        question, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
+        following = {"role": "user", "content": _NEXT}
+        closed = self._try([question], as_they_are=False)
+        prompt = self._try([question], generate=True, as_they_are=False)
+        answered = self._try([question, answer], as_they_are=False)
+        continued = self._try([question, answer, following], as_they_are=False)
+        if None in (closed, prompt, answered, continued):
+            return None
+        continued = continued[: continued.rfind(_NEXT)]
+        texts = ((closed, _USER), (prompt, _USER), (answered, _ANSWER), (continued, _ANSWER))
+        return tuple(text[text.rfind(last) + len(last) :] for text, last in texts)
+
+    @functools.cached_property
+    def _trailer(self) -> str:
+        """What the template writes behind any conversation, or behind an answer when nothing follows, and no model does: a
+        token that ends the text, a generation prompt that nobody asked for."""
+        if self._after is None:
+            return ""
+        closed, prompt, answered, continued = self._after
+        if closed == prompt:
+            trailer = common_start(closed[::-1], answered[::-1], _TAG_REVERSED)[::-1]
+        else:
+            trailer = closed[len(common_start(closed, prompt)) :]
+            trailer = trailer if answered.endswith(trailer) else ""
+        if any(token in trailer for token in self._closing_tokens):
+            return trailer
+        same = common_start(answered, continued)
+        if same.rstrip().endswith(self._closing_tokens):
+            return answered[len(same) :] if answered[len(same) :].strip() else ""
+        return ""
+
+    @functools.cached_property
+    def _end_tokens(self) -> tuple[str | None, str | None]:
+        """The control token that follows a message in history, where the template ends the message with none: without
+        calls, with calls. The model ends its turn with that one."""
+        plain = None
+        if self._after is not None:
+            plain = self._first_token(self._after[3])
+        calls = None
+        context, message = _probe(Kind("user", False, False, True))
+        answered = self._try([*context, message], [_TOOL], as_they_are=False)
+        result = {"role": "tool", "content": _NEXT, "name": _NAME, "tool_call_id": _call()["id"]}
+        continued = self._try([*context, message, result], [_TOOL], as_they_are=False)
+        if (
+            answered is not None
+            and continued is not None
+            and continued.startswith(answered.removesuffix(self._trailer))
+        ):
+            rest = continued[len(answered.removesuffix(self._trailer)) :]
+            calls = self._first_token(rest.partition(_NEXT)[0])
+        return plain, calls
+
+    def _first_token(self, text: str) -> str | None:
+        return min((token for token in self._closing_tokens if token in text), key=text.index, default=None)
+
+
+_kept: dict[tuple, Template] = {}
+
+
+def template_of(tokenizer, source: str | None, reasoning_format: str | None, arguments: Mapping) -> Template:
+    """The Template of these, the same object for the same ones, so that nothing is learned twice."""
+    text = source or tokenizer.chat_template
+    key = (
+        id(tokenizer),
+        len(tokenizer),
+        repr(text),
+        reasoning_format,
+        json.dumps(arguments, sort_keys=True, default=repr),
+    )
+    found = _kept.get(key)
+    if found is None or found.tokenizer is not tokenizer:
+        if len(_kept) > 64:
+            _kept.clear()
+        found = _kept[key] = Template(tokenizer, source, reasoning_format, arguments)
+    return found
+
+
+def marked(message: Mapping) -> dict:
+    """The message with marks in its reasoning, its content and the name in its first call."""
+    message = dict(message)
+    if reasoning_of(message).strip():
+        message |= dict.fromkeys(REASONING_FIELDS, _with_mark(reasoning_of(message), REASONING_MARK))
+    content = message["content"]
+    if isinstance(content, list):
+        first = next((i for i, part in enumerate(content) if part["text"].strip()), None)
+        message["content"] = [
+            part | {"text": _with_mark(part["text"], CONTENT_MARK)} if i == first else part
+            for i, part in enumerate(content)
+        ]
+    else:
+        message["content"] = _with_mark(content, CONTENT_MARK)
+    if message.get("tool_calls"):
+        first, *others = message["tool_calls"]
+        function = first["function"] | {"name": _with_mark(first["function"]["name"], CALL_MARK)}
+        message["tool_calls"] = [first | {"function": function}, *others]
+    return message
+
+
+def _with_mark(text: str, mark: str) -> str:
+    at = len(text) - len(text.lstrip()) + 1
+    return text[:at] + mark + text[at:] if text.strip() else text
+
+
+def unmarked(text: str) -> str:
+    """Without any marks."""
+    return text.replace(REASONING_MARK, "").replace(CONTENT_MARK, "").replace(CALL_MARK, "")
+
+
+def visible_at(text: str) -> int:
+    """Where the first visible piece of a marked message begins: its content, or the name in its first call; -1 if nowhere."""
+    found = [at for at in (text.find(CONTENT_MARK), text.find(CALL_MARK)) if at >= 0]
+    return min(found) - 1 if found else -1  # a mark stands behind the first character
+
+
+def _after_reasoning(answered: str, message: Mapping) -> str | None:
+    """What stands between the reasoning of a marked message and its first visible piece; None where it is not rendered."""
+    at, visible = answered.find(REASONING_MARK), visible_at(answered)
+    if not 0 <= at < visible:
+        return None
+    return answered[at + len(REASONING_MARK) : visible].removeprefix(reasoning_of(message).strip()[1:])
+
+
+_TAG_REVERSED = re.compile(r">[^<>\s]{1,40}<|\][A-Z_]{2,30}/?\[|▷[^▷\s]{1,30}◁")
+
+
+def common_start(a: str, b: str, tag: re.Pattern = _TAG) -> str:
+    """The common beginning of two texts, not ending inside a control token of either."""
+    same = len(os.path.commonprefix([a, b]))
+    for text in (a, b):
+        for found in tag.finditer(text, max(0, same - 60), same + 60):
+            if found.start() < same < found.end():
+                same = found.start()
+    return a[:same]
+
+
+def _probe(kind: Kind) -> tuple[list[dict], dict]:
+    """A short conversation and a message of this kind. The probe's call has no reasoning before it that a template drops."""
+    user = {"role": "user", "content": _USER}
+    context = {
+        "user": [user],
+        "assistant": [user, {"role": "assistant", "content": _NEXT}],
+        "tool": [
+            user,
+            {"role": "assistant", "content": "", "tool_calls": [_call()]},
+            {"role": "tool", "content": _NEXT, "name": _NAME, "tool_call_id": _call()["id"]},
+        ],
+    }[kind.follows]
+    message = {"role": "assistant", "content": _ANSWER if kind.content else ""}
+    if kind.reasoning:
+        message |= dict.fromkeys(REASONING_FIELDS, _THOUGHT)
+    if kind.calls:
+        message["tool_calls"] = [_call()]
+    return context, message
+
+
+def _call() -> dict:
+    # Mistral's templates want ids of nine letters and digits.
+    return {"type": "function", "id": "flexmask1", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}
+
+
+def _with_text_as_arguments(call: Mapping) -> dict:
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _holds(text: str, *pieces: str) -> bool:
+    return all(piece in text for piece in pieces)

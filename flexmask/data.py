@@ -1,40 +1,49 @@
-"""Chat files -> conversations -> trees.
-
-A file with a fault is refused with its name and line, and nothing is left out without being counted.
-"""
+"""Records -> conversations -> trees, prepared once and kept, or as a stream. Nothing is left out without being counted."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import re
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
 
 import datasets
-import pyarrow.parquet
+import numpy as np
+import pyarrow as pa
+import tokenizers
+import transformers
+from datasets.utils import tqdm
+from filelock import FileLock
 
 from .messages import Conversation, ConversationError, read_conversation, without_nulls
 from .passes import Pass, render_conversation
+from .sources import HubDataset, InMemory, Record, Source, open_source
 from .tree import LOSS_REDUCTIONS, TokenTree
 
 OVERLONG = ("error", "drop", "truncate")
+CHUNK = 64  # conversations that a process renders at once, and trees of a record batch: a few MB
+NOTE, IGNORED = "note: ", "ignored: "  # what names of counts begin with
 
-_HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?")  # a bare name with a dot is taken for a file
-_STRING_OR_CONSTANT = re.compile(r'"(?:\\.|[^"\\])*"|-?Infinity|NaN')
+TREES, COUNTED = "trees.arrow", "counted.json"  # files of a preparation
+
+_LIST_TYPES = {f.name: pa.list_(pa.float32() if f.name == "pass_weights" else pa.int32()) for f in fields(TokenTree)}
+_SCHEMA = pa.schema({"conversation": pa.int64(), "intact": pa.bool_()} | _LIST_TYPES)
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """The trees of a dataset, and what was lost on the way. Passes and targets are counted before any loss. `str()` of it
-    tells both in two lines.
+class Counts:
+    """What became of conversations, and what was lost on the way. Passes and targets are counted before any loss. `str()`
+    tells it in a few lines.
 
     Attributes:
-        trees: one per conversation that was kept, in order.
-        intact: indices of the conversations of which nothing is lost.
         conversations: how many were given.
         dropped: conversations left out.
         truncated: conversations kept without some of their passes or targets.
@@ -42,54 +51,167 @@ class Preparation:
         passes_lost: passes of which nothing is trained.
         targets: supervised tokens of all passes.
         targets_lost: supervised tokens that are not trained, those of lost passes included.
+        tokens: of all trees.
+        pass_tokens: of the same passes as separate sequences.
+        longest_pass: tokens of the longest pass, before any loss.
+        largest_token: the largest token id of all trees.
+        notes: what rendering has to say, and of how much.
+        ignored: keys of the records that nobody reads, and in how many.
     """
 
-    trees: list[TokenTree] = field(repr=False)
-    intact: list[int] = field(repr=False)
-    conversations: int
-    dropped: int
-    truncated: int
-    passes: int
-    passes_lost: int
-    targets: int
-    targets_lost: int
+    conversations: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    passes: int = 0
+    passes_lost: int = 0
+    targets: int = 0
+    targets_lost: int = 0
+    tokens: int = 0
+    pass_tokens: int = 0
+    longest_pass: int = 0
+    largest_token: int = 0
+    notes: Mapping[str, int] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of all trees."""
-        return sum(map(len, self.trees))
-
-    @property
-    def pass_tokens(self) -> int:
-        """Tokens of the same passes as separate sequences."""
-        return sum(int(tree.pass_lengths.sum()) for tree in self.trees)
+    @classmethod
+    def of(cls, counted: Mapping[str, int], **more):
+        """From what a `TreeMaker` counts."""
+        numbers = {f.name: counted[f.name] for f in fields(Counts) if f.name in counted}
+        for name, prefix in (("notes", NOTE), ("ignored", IGNORED)):
+            numbers[name] = {k.removeprefix(prefix): n for k, n in sorted(counted.items()) if k.startswith(prefix)}
+        return cls(**numbers, **more)
 
     def __str__(self) -> str:
+        kept = self.conversations - self.dropped
         text = (
             f"{self.conversations:,} conversations, {self.passes:,} passes, {self.targets:,} targets -> "
-            f"{len(self.trees):,} trees with {self.tokens:,} tokens"
+            f"{kept:,} trees with {self.tokens:,} tokens"
         )
-        if self.trees:
+        if kept:
             text += f" ({self.pass_tokens:,} in separate passes, {self.pass_tokens / self.tokens:.2f}x)"
-        if not self.dropped and not self.truncated:
-            return text + "\nnothing dropped, nothing truncated"
-        return text + (
-            f"\nLOST to max_length or max_tokens: {self.dropped:,} conversations dropped, {self.truncated:,} truncated; "
-            f"{self.passes_lost:,} passes and {self.targets_lost:,} targets "
-            f"({self.targets_lost / self.targets:.2%}) are not trained"
-        )
+        if self.dropped or self.truncated:
+            text += (
+                f"\nLOST to max_length or max_tokens: {self.dropped:,} conversations dropped, {self.truncated:,} "
+                f"truncated; {self.passes_lost:,} passes and {self.targets_lost:,} targets "
+                f"({self.targets_lost / self.targets:.2%}) are not trained"
+            )
+        else:
+            text += "\nnothing dropped, nothing truncated"
+        for name, count in self.notes.items():
+            text += f"\n{name}: {count:,}"
+        if self.ignored:
+            text += "\nnobody reads these keys of the records: "
+            text += ", ".join(f"{key} ({count:,})" for key, count in self.ignored.items())
+        return text
 
 
-def load_conversations(name: str, split: str = "train") -> list[Conversation]:
-    """Read and check the conversations of a file or of a dataset of the Hugging Face hub.
+@dataclass(frozen=True)
+class Preparation(Counts):
+    """The trees of a dataset, and what was lost on the way.
 
-    What a record may hold is told in `messages.read_conversation`.
+    Attributes:
+        trees: one per conversation that was kept, in order.
+        conversation: int64, the index of the conversation that each tree is of.
+        whole: bool, of each tree whether nothing of its conversation is lost.
+        path: the folder where this is kept, None for trees in memory.
+    """
+
+    trees: Trees = field(default=None, repr=False)
+    conversation: np.ndarray = field(default=None, repr=False)
+    whole: np.ndarray = field(default=None, repr=False)
+    path: Path | None = None
+
+    @property
+    def intact(self) -> list[int]:
+        """Indices of the conversations of which nothing is lost."""
+        return self.conversation[self.whole].tolist()
+
+
+class Trees(Sequence):
+    """Trees as columns of Arrow record batches, in memory or mapped from files; a TokenTree is made when one is asked for.
+
+    Attributes:
+        lengths: int64, tokens of each.
+        num_passes: int64, passes of each.
+    """
+
+    def __init__(self, columns: _Columns, rows: np.ndarray | None = None):
+        self._columns = columns
+        self._rows = np.arange(len(columns.lengths)) if rows is None else rows
+        self.lengths, self.num_passes = columns.lengths[self._rows], columns.num_passes[self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        return self._columns.tree(self._rows[index])
+
+    def __add__(self, other: Trees) -> Trees:
+        columns = _Columns(self._columns.parts + other._columns.parts)
+        return Trees(columns, np.concatenate([self._rows, other._rows + len(self._columns.lengths)]))
+
+    def take(self, indices: np.ndarray) -> Trees:
+        """Those trees, in that order; a tree may be taken several times."""
+        return Trees(self._columns, self._rows[indices])
+
+
+class _Columns:
+    """Record batches of `_SCHEMA`, each part a list of them or the path of a file."""
+
+    def __init__(self, parts: Sequence[Path | list[pa.RecordBatch]]):
+        self.parts = list(parts)
+        self.batches = [batch for part in self.parts for batch in (_mapped(part) if isinstance(part, Path) else part)]
+        self.lengths, self.num_passes = self._sizes("input_ids"), self._sizes("pass_end")
+        self._ends = np.cumsum([batch.num_rows for batch in self.batches])
+        self._lists: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+
+    def __reduce__(self):  # what is mapped here is mapped again there
+        return _Columns, (self.parts,)
+
+    def tree(self, row: int) -> TokenTree:
+        batch = int(np.searchsorted(self._ends, row, side="right"))
+        at = row - self._ends[batch] + self.batches[batch].num_rows
+        if batch not in self._lists:
+            self._lists[batch] = {name: _lists(self.batches[batch], name) for name in _LIST_TYPES}
+        lists = self._lists[batch].items()
+        return TokenTree.from_dict({name: values[begin[at] : begin[at + 1]].copy() for name, (begin, values) in lists})
+
+    def column(self, name: str) -> np.ndarray:
+        """A column that has one value for each tree."""
+        none = np.empty(0, _SCHEMA.field(name).type.to_pandas_dtype())
+        return np.concatenate([none, *(b.column(name).to_numpy(zero_copy_only=False) for b in self.batches)])
+
+    def _sizes(self, name: str) -> np.ndarray:
+        sizes = [np.diff(_lists(batch, name)[0]) for batch in self.batches]
+        return np.concatenate([np.empty(0, np.int64), *sizes])
+
+
+def _mapped(path: Path) -> list[pa.RecordBatch]:
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+
+def _lists(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where each list begins, and the values of all, without a copy."""
+    column = batch.column(name)
+    return column.offsets.to_numpy(), column.values.to_numpy()
+
+
+def load_conversations(
+    name: str,
+    split: str = "train",
+    *,
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[Conversation]:
+    """Read and check the conversations of a file or of a dataset of the Hugging Face hub, all into memory.
 
     Args:
-        name: a `.jsonl` file (one object a line, blank lines allowed), a `.json` file (a list of objects), a
-            `.parquet` file, or the name of a hub dataset. Rows of the last two have one type per column, which fills
-            the keys that a record lacks with nulls: keys with a null are removed there, at any depth.
-        split: which split of a hub dataset.
+        name, split, config: see `sources.open_source`.
+        columns: name here -> name in the records, for records that call `messages`, `tools`, … otherwise. What a record may
+            hold is told in `messages.read_conversation`.
 
     Returns:
         At least one conversation; each is a dict that also knows its origin.
@@ -98,29 +220,18 @@ def load_conversations(name: str, split: str = "train") -> list[Conversation]:
         ConversationError: naming file and line (`data.jsonl:12`) or conversation (`data.json: conversation 11`,
             counted from zero), and what is wrong there.
     """
-    name = os.fspath(name)
-    conversations = [read_conversation(record, origin) for origin, record in _records(name, split)]
+    source = open_source(name, split, config)
+    conversations = [read_conversation(record, origin, columns) for origin, record in source.read(0, len(source))]
     if not conversations:
-        raise ConversationError(f"{name}: holds no conversations")
+        raise ConversationError(f"{source.name}: holds no conversations")
     return conversations
 
 
-def build_trees(
-    conversations: Iterable[Mapping],
-    tokenizer,
-    *,
-    max_length: int | None = None,
-    max_tokens: int | None = None,
-    overlong: str = "error",
-    loss_reduction: str = "token",
-    num_proc: int | None = None,
-    **template_options,
-) -> Preparation:
-    """Render conversations and merge the passes of each into its tree.
+@dataclass(frozen=True)
+class TreeMaker:
+    """Makes trees of records.
 
-    Args:
-        conversations: of `load_conversations`, or any dicts of the same form, a `datasets.Dataset` too (see
-            `render_conversation` about nulls).
+    Attributes:
         tokenizer: a Hugging Face tokenizer with a chat template.
         max_length: tokens of one pass, at most: what the model takes.
         max_tokens: tokens of the rows that the trees will be packed into. A larger tree is no fault, since `pack` splits
@@ -129,79 +240,288 @@ def build_trees(
             every pass is cut after so many tokens, as trainers on separate sequences do, passes left without a
             supervised token are removed, and a conversation left without a pass is dropped.
         loss_reduction: what the loss is a mean of, see `TokenTree.from_passes`.
+        columns: see `load_conversations`.
+        template_options: for `render_passes`: chat_template, reasoning_format, end_of_turn, template arguments.
+
+    Raises:
+        ValueError: an unknown `overlong` or `loss_reduction`, or a `max_length` or `max_tokens` below 1.
+    """
+
+    tokenizer: transformers.PreTrainedTokenizerBase
+    max_length: int | None = None
+    max_tokens: int | None = None
+    overlong: str = "error"
+    loss_reduction: str = "token"
+    columns: Mapping[str, str] | None = None
+    template_options: Mapping = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.overlong not in OVERLONG:
+            raise ValueError(f"overlong is {self.overlong!r}, expected one of {', '.join(OVERLONG)}")
+        for name, limit in self._limits():
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} is {limit}, expected at least 1")
+        if self.loss_reduction not in LOSS_REDUCTIONS:
+            raise ValueError(f"loss_reduction is {self.loss_reduction!r}, expected one of {', '.join(LOSS_REDUCTIONS)}")
+
+    def conversation(self, record: Record) -> Conversation:
+        """The conversation that a record holds."""
+        origin, record = record
+        return record if isinstance(record, Conversation) else read_conversation(record, origin, self.columns)
+
+    def __call__(self, record: Callable[[], Record]) -> tuple[TokenTree | None, Counter]:
+        """For a `RowStream` of records."""
+        return self.tree(record())[:2]
+
+    def tree(self, record: Record) -> tuple[TokenTree | None, Counter, int]:
+        """The tree of a record (None: it is dropped), what `Counts` sums, and the tokens of its longest pass.
+
+        Raises:
+            ConversationError: it cannot be read or rendered, is too long, or has token ids outside the vocabulary; its
+                origin is named.
+        """
+        conversation, notes = self.conversation(record), Counter()
+        passes = render_conversation(conversation, self.tokenizer, counts=notes, **self.template_options)
+        try:
+            kept = passes
+            for name, limit in self._limits():
+                kept = _limit(kept, name, limit, self.overlong)
+            tree = TokenTree.from_passes(kept, loss_reduction=self.loss_reduction) if kept else None
+            if tree is not None and tree.input_ids.max() >= len(self.tokenizer):
+                raise ConversationError(
+                    f"token id {tree.input_ids.max()} is outside the tokenizer's vocabulary of {len(self.tokenizer)}"
+                )
+        except (ValueError, TypeError) as error:
+            raise ConversationError(f"{conversation.origin}: {error}") from error
+        targets, trained = (sum(int(np.count_nonzero(p.loss_mask)) for p in some) for some in (passes, kept))
+        counted = Counter(
+            conversations=1,
+            dropped=int(not kept),
+            truncated=int(bool(kept) and trained < targets),
+            passes=len(passes),
+            passes_lost=len(passes) - len(kept),
+            targets=targets,
+            targets_lost=targets - trained,
+            tokens=0 if tree is None else len(tree),
+            pass_tokens=sum(len(p.input_ids) for p in kept),
+        )
+        counted.update({NOTE + name: count for name, count in notes.items()})
+        counted.update(IGNORED + key for key in conversation.ignored)
+        return tree, counted, max(len(p.input_ids) for p in passes)
+
+    def fingerprint(self, limits: bool) -> dict:
+        """All that trees depend on beside the records, as JSON; the limits on passes if they are to be part of it."""
+        return {
+            "code": _code(),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "loss_reduction": self.loss_reduction,
+            "columns": dict(self.columns or {}),
+            "template_options": dict(self.template_options),
+            "limits": [dict(self._limits()), self.overlong] if limits else None,
+        }
+
+    def fits(self, longest: int) -> bool:
+        """Whether a pass of so many tokens is within the limits."""
+        return all(limit is None or longest <= limit for _, limit in self._limits())
+
+    def _limits(self) -> list[tuple[str, int | None]]:
+        return [("max_length", self.max_length), ("max_tokens", self.max_tokens)]
+
+
+def build_trees(conversations: Iterable[Mapping], tokenizer, *, num_proc: int | None = None, **options) -> Preparation:
+    """Render conversations and merge the passes of each into its tree, in memory.
+
+    Args:
+        conversations: of `load_conversations`, or any records of the same forms, a `datasets.Dataset` too. (Keys with a null
+            are taken out, at any depth; only a `Conversation` of `load_conversations` keeps those that its file had.)
+        tokenizer: a Hugging Face tokenizer with a chat template.
         num_proc: processes to render with. Where processes are spawned and not forked (macOS, Windows), the calling
             script needs the usual `if __name__ == "__main__"`.
-        **template_options: for `render_passes`: chat_template, reasoning_format, end_of_turn, template arguments.
+        **options: max_length, max_tokens, overlong, loss_reduction and columns of `TreeMaker`; and for `render_passes`:
+            chat_template, reasoning_format, end_of_turn, template arguments.
 
     Raises:
         ConversationError: a conversation cannot be rendered, is too long, or has token ids outside the vocabulary;
             its origin is named, or its index (`conversation 11`, counted from zero).
-        ValueError: an unknown `overlong` or `loss_reduction`, or a `max_length` or `max_tokens` below 1.
+        ValueError: an option that is refused.
     """
-    if overlong not in OVERLONG:
-        raise ValueError(f"overlong is {overlong!r}, expected one of {', '.join(OVERLONG)}")
-    for name, limit in (("max_length", max_length), ("max_tokens", max_tokens)):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name} is {limit}, expected at least 1")
-    if loss_reduction not in LOSS_REDUCTIONS:
-        raise ValueError(f"loss_reduction is {loss_reduction!r}, expected one of {', '.join(LOSS_REDUCTIONS)}")
-    conversations = [
-        c if isinstance(c, Conversation) else read_conversation(without_nulls(c), f"conversation {i}")
-        for i, c in enumerate(conversations)
-    ]
-    build = partial(
-        _build,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        max_tokens=max_tokens,
-        overlong=overlong,
-        loss_reduction=loss_reduction,
-        template_options=template_options,
-    )
-    if num_proc and num_proc > 1 and len(conversations) > 1:
-        with ProcessPoolExecutor(num_proc) as pool:
-            # One chunk for each process, because the tokenizer travels with every chunk.
-            built = list(pool.map(build, conversations, chunksize=-(-len(conversations) // num_proc)))
+    if isinstance(conversations, datasets.Dataset):
+        source = HubDataset("", conversations)
     else:
-        built = [build(conversation) for conversation in conversations]
+        cleared = [c if isinstance(c, Conversation) else without_nulls(c) for c in conversations]
+        source = InMemory("", cleared)
+    maker = tree_maker(tokenizer, **options)
+    batches: list[pa.RecordBatch] = []
+    counted = _collect(_batches(source, len(source), maker, num_proc or 1), batches.append)
+    return _preparation(batches, counted)
 
-    counts = Counter(conversations=len(conversations))
-    for _, counted in built:
-        counts.update(counted)
-    names = ("conversations", "dropped", "truncated", "passes", "passes_lost", "targets", "targets_lost")
-    return Preparation(
-        trees=[tree for tree, _ in built if tree is not None],
-        intact=[i for i, (_, counted) in enumerate(built) if not counted["targets_lost"]],
-        **{name: counts[name] for name in names},
+
+def tree_maker(tokenizer, **options) -> TreeMaker:
+    """A `TreeMaker` from options side by side: what it does not know is for the template."""
+    known = {f.name for f in fields(TreeMaker)} - {"tokenizer", "template_options"}
+    template_options = {name: value for name, value in options.items() if name not in known}
+    mine = {name: value for name, value in options.items() if name in known}
+    return TreeMaker(tokenizer, **mine, template_options=template_options)
+
+
+def prepare(
+    source: Source,
+    maker: TreeMaker,
+    *,
+    max_samples: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    num_proc: int | None = None,
+    progress: bool = True,
+) -> Preparation:
+    """The trees of a source, made once and kept: Arrow on disk, read by memory map.
+
+    What is kept is found again by its content: the records, the tokenizer and its template, the options, the code that makes
+    trees. A change of any of them makes other trees; of the limits on passes (`max_length`, `max_tokens`, `overlong`) only
+    where a pass is longer than they allow. Of several processes that want the same, on one machine or one file system, the
+    first makes it and the others wait.
+
+    Args:
+        source: of `sources.open_source`.
+        maker: makes its trees.
+        max_samples: the first records only.
+        cache_dir: where to keep it; by default in the cache of the `datasets` library.
+        num_proc: processes to render with; by default one for each core, if there is enough to do.
+        progress: show a bar.
+
+    Raises:
+        ConversationError: as for `build_trees`; or there are no conversations.
+    """
+    count = min(len(source), len(source) if max_samples is None else max_samples)
+    if not count:
+        raise ConversationError(f"{source.name}: holds no conversations")
+    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "flexmask").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    unlimited, limited = (
+        folder / _hash([source.fingerprint, count, maker.fingerprint(limits=limits)]) for limits in (False, True)
     )
+    with FileLock(f"{unlimited}.lock"):
+        for path in (unlimited, limited):
+            if path.exists():
+                found = _load(path)
+                if path == limited or maker.fits(found.longest_pass):
+                    return found
+        making = Path(f"{unlimited}.making")
+        shutil.rmtree(making, ignore_errors=True)  # of a run that was killed
+        making.mkdir()
+        try:
+            counted = _write(making, source, count, maker, num_proc or _processes(count), progress)
+        except BaseException:
+            shutil.rmtree(making, ignore_errors=True)
+            raise
+        path = unlimited if maker.fits(counted["longest_pass"]) else limited
+        os.replace(making, path)
+        return _load(path)
 
 
-def _build(
-    conversation: Conversation, tokenizer, max_length, max_tokens, overlong, loss_reduction, template_options
-) -> tuple:
-    """The tree of one conversation (None: dropped), and what Preparation counts."""
-    passes = render_conversation(conversation, tokenizer, **template_options)
-    try:
-        kept = passes
-        for name, limit in (("max_length", max_length), ("max_tokens", max_tokens)):
-            kept = _limit(kept, name, limit, overlong)
-        tree = TokenTree.from_passes(kept, loss_reduction=loss_reduction) if kept else None
-        if tree is not None and tree.input_ids.max() >= len(tokenizer):
-            raise ConversationError(
-                f"token id {tree.input_ids.max()} is outside the tokenizer's vocabulary of {len(tokenizer)}"
-            )
-    except (ValueError, TypeError) as error:
-        raise ConversationError(f"{conversation.origin}: {error}") from error
-    targets = sum(int(p.loss_mask.sum()) for p in passes)
-    lost = targets - sum(int(p.loss_mask.sum()) for p in kept)
-    return tree, {
-        "dropped": int(not kept),
-        "truncated": int(bool(kept) and lost > 0),
-        "passes": len(passes),
-        "passes_lost": len(passes) - len(kept),
-        "targets": targets,
-        "targets_lost": lost,
-    }
+def _write(folder: Path, source: Source, count: int, maker: TreeMaker, num_proc: int, progress: bool) -> Counter:
+    bar = tqdm(total=count, desc=f"preparing {source.name}", unit=" conversations", delay=2, disable=not progress)
+    with pa.OSFile(str(folder / TREES), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer, bar:
+        counted = _collect(_batches(source, count, maker, num_proc), writer.write_batch, bar.update)
+    (folder / COUNTED).write_text(json.dumps(counted))
+    return counted
+
+
+def _collect(batches: Iterable, keep: Callable[[pa.RecordBatch], None], progress: Callable = lambda n: None) -> Counter:
+    """Hand on what `_batches` makes, and count it together."""
+    counted = Counter(longest_pass=0, largest_token=0)
+    for batch, of_batch, longest in batches:
+        keep(batch)
+        counted.update(of_batch)
+        tokens = batch.column("input_ids").values.to_numpy()
+        counted["longest_pass"] = max(counted["longest_pass"], longest)
+        counted["largest_token"] = max(counted["largest_token"], int(tokens.max(initial=0)))
+        progress(of_batch["conversations"])
+    return counted
+
+
+def _load(path: Path) -> Preparation:
+    return _preparation(path / TREES, json.loads((path / COUNTED).read_text()), path=path)
+
+
+def _preparation(part: Path | list[pa.RecordBatch], counted: Mapping[str, int], **more) -> Preparation:
+    columns = _Columns([part])
+    conversation, whole = columns.column("conversation"), columns.column("intact")
+    return Preparation.of(counted, trees=Trees(columns), conversation=conversation, whole=whole, **more)
+
+
+def _batches(
+    source: Source, count: int, maker: TreeMaker, num_proc: int
+) -> Iterator[tuple[pa.RecordBatch, Counter, int]]:
+    """The trees of the first `count` records in order, some at a time; what was counted in them, and their longest pass."""
+    size = max(1, min(CHUNK, -(-count // num_proc)))
+    ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    if num_proc == 1 or len(ranges) == 1:
+        yield from (_batch(source, maker, indices) for indices in ranges)
+        return
+    with ProcessPoolExecutor(num_proc, initializer=_hand_over, initargs=(source, maker)) as pool:
+        try:
+            yield from pool.map(_batch_in_worker, ranges)
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a process that renders conversations was killed, perhaps for want of memory; use fewer (dataset_num_proc)"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _batch(source: Source, maker: TreeMaker, indices: range) -> tuple[pa.RecordBatch, Counter, int]:
+    made, counted, longest = [], Counter(), 0
+    for index, record in zip(indices, source.read(indices.start, indices.stop), strict=True):
+        tree, of_tree, length = maker.tree(record)
+        counted.update(of_tree)
+        longest = max(longest, length)
+        if tree is not None:
+            made.append((index, not of_tree["targets_lost"], tree))
+    columns = [
+        pa.array([index for index, _, _ in made], pa.int64()),
+        pa.array([whole for _, whole, _ in made], pa.bool_()),
+    ]
+    for name, of in _LIST_TYPES.items():
+        lists = [getattr(tree, name) for _, _, tree in made]
+        begin = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+        values = np.concatenate(lists).astype(of.value_type.to_pandas_dtype()) if lists else []
+        columns.append(pa.ListArray.from_arrays(pa.array(begin), pa.array(values, of.value_type)))
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA), counted, longest
+
+
+_handed_over: tuple[Source, TreeMaker]
+
+
+def _hand_over(*given) -> None:
+    """What each process needs, once and not with every task."""
+    global _handed_over
+    _handed_over = given
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each has a core; and without a word the library warns of the fork
+
+
+def _batch_in_worker(indices: range) -> tuple[pa.RecordBatch, Counter, int]:
+    return _batch(*_handed_over, indices)
+
+
+def _processes(count: int) -> int:
+    """One for each core, if each has a second or so to work."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, count // 256))
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """The same for the same tokenizer loaded anew or used in between, another for any other."""
+    state = [type(tokenizer).__name__, len(tokenizer), tokenizer.chat_template, dict(tokenizer.special_tokens_map)]
+    if tokenizer.is_fast:
+        serialised = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Using a tokenizer sets these two; rendering uses neither.
+        state.append({name: value for name, value in serialised.items() if name not in ("truncation", "padding")})
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(path) for path in tokenizer.save_vocabulary(folder) if path]
+            state += [(path.name, hashlib.blake2b(path.read_bytes()).hexdigest()) for path in files]
+        state.append({index: repr(token) for index, token in tokenizer.added_tokens_decoder.items()})
+    return _hash(state)
 
 
 def _limit(passes: list[Pass], name: str, limit: int | None, overlong: str) -> list[Pass]:
@@ -216,77 +536,28 @@ def _limit(passes: list[Pass], name: str, limit: int | None, overlong: str) -> l
         )
     if overlong == "drop":
         return []
-    cut = [Pass(p.input_ids[:limit], p.loss_mask[:limit], p.weight) for p in passes]  # none has token weights yet
-    return [p for p in cut if p.loss_mask.any()]
+    columns = ("input_ids", "loss_mask", "token_weight")
+    cut = [replace(p, **{c: getattr(p, c)[:limit] for c in columns if getattr(p, c) is not None}) for p in passes]
+    return [p for p in cut if any(p.loss_mask)]
 
 
-def _records(name: str, split: str) -> Iterator[tuple[str, object]]:
-    """The records of a file or dataset, each with its origin."""
-    suffix = os.path.splitext(name)[1].lower()
-    if suffix in (".json", ".jsonl", ".parquet"):
-        if not os.path.isfile(name):
-            raise ConversationError(f"{name}: there is no such file")
-        return {".json": _json_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}[suffix](name)
-    if os.path.isfile(name) or not _HUB_NAME.fullmatch(name):
-        raise ConversationError(f"{name}: expected a .jsonl, .json or .parquet file, or the name of a hub dataset")
+def _hash(value) -> str:
+    """Of anything that is JSON.
+
+    Raises:
+        ValueError: it is not.
+    """
     try:
-        rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library raises many kinds: no such dataset, no such split, no network, …
-        raise ConversationError(
-            f"{name}: is no .jsonl, .json or .parquet file, and loading it as a hub dataset (split {split!r}) failed: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    return _numbered(name, map(without_nulls, rows))
+        text = json.dumps(value, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(f"options of the chat template must be JSON to be prepared: {error}") from error
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _jsonl_records(name: str) -> Iterator[tuple[str, object]]:
-    with open(name, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{name}:{number}", _parse(line, name, number)
-
-
-def _json_records(name: str) -> Iterator[tuple[str, object]]:
-    with open(name, "rb") as file:
-        data = file.read()
-    records = _parse(data, name, 1) if data.strip() else []
-    if not isinstance(records, list):
-        raise ConversationError(f"{name}: is {type(records).__name__}, expected a list of conversations")
-    return _numbered(name, records)
-
-
-def _parquet_records(name: str) -> Iterator[tuple[str, object]]:
-    try:
-        table = pyarrow.parquet.read_table(name)
-    except pyarrow.ArrowException as error:
-        raise ConversationError(f"{name}: cannot be read as a Parquet file: {error}") from error
-    # Through Dataset, which knows from the file's metadata how to decode its columns (JSON ones, say).
-    return _numbered(name, map(without_nulls, datasets.Dataset(table)))
-
-
-def _numbered(name: str, rows: Iterable) -> Iterator[tuple[str, object]]:
-    return ((f"{name}: conversation {index}", row) for index, row in enumerate(rows))
-
-
-def _parse(data: bytes, name: str, first_line: int):
-    """Parse strict JSON; faults are named by file, line and column."""
-
-    def refuse(constant: str):
-        # The parser does not say where, but it stops at the first one outside a string.
-        at = next(found.start() for found in _STRING_OR_CONSTANT.finditer(text) if found[0] == constant)
-        raise json.JSONDecodeError(f"{constant} is not a JSON value", text, at)
-
-    try:
-        text = data.decode("utf-8-sig").rstrip()
-        value = json.loads(text, parse_constant=refuse)
-        if "\\ud" in text.lower():  # half of a surrogate pair is no text, and no tokenizer takes it
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        raise ConversationError(f"{name}:{line}: is not UTF-8: {error.reason}") from error
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ConversationError(f"{name}:{line}:{error.colno}: malformed JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # also a number too long to convert, or nesting too deep
-        raise ConversationError(f"{name}: the JSON that starts at line {first_line} is refused: {error}") from error
+@cache
+def _code() -> str:
+    """Of the code that makes trees: what an older version prepared is not found."""
+    here = Path(__file__).parent
+    files = [here / f"{name}.py" for name in ("messages", "passes", "tree", "data")] + [*here.glob("passes/*.py")]
+    sources = [file.read_text() for file in sorted(files) if file.exists()]
+    return _hash([sources, transformers.__version__, tokenizers.__version__])

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 
 import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
 
 from .tree import TokenTree
 
 EXACT_LEAVES = 10  # up to here every way of splitting a tree is considered; 3^n of them
 
 
-def pack(trees: Sequence[TokenTree], max_tokens: int) -> list[TokenTree]:
+def pack(trees: Sequence[TokenTree], max_tokens: int) -> Rows:
     """Fill rows with trees, best fit: the largest tree first, each into the fullest row that still has room.
 
     Args:
@@ -21,21 +25,30 @@ def pack(trees: Sequence[TokenTree], max_tokens: int) -> list[TokenTree]:
         max_tokens: tokens in a row, at most; a multiple of 128 leaves the least padding.
 
     Returns:
-        Rows (forests), ordered by the first tree, or part of one, in them; within a row those keep their order.
+        Rows (forests), ordered by the first tree, or part of one, in them; within a row those keep their order. Only the plan
+        is made; a row is when it is asked for, so that trees on disk stay there.
 
     Raises:
         ValueError: naming a tree of which a single pass is longer than a row, or that is larger and has no targets.
     """
-    parts = []
-    for index, tree in enumerate(trees):
+    lengths = getattr(trees, "lengths", None)
+    parts: list[_Part] = []
+    sizes: list[int] = []
+    for index, size in enumerate(map(len, trees) if lengths is None else lengths.tolist()):
+        if size <= max_tokens:
+            parts.append((index, None))
+            sizes.append(size)
+            continue
         try:
-            parts += split(tree, max_tokens)
+            groups = _split(trees[index], max_tokens)
         except ValueError as error:
             raise ValueError(f"tree {index}: {error}") from error
+        parts += [(index, passes) for passes, _ in groups]
+        sizes += [size for _, size in groups]
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for index in sorted(range(len(parts)), key=lambda i: -len(parts[i])):
-        size = len(parts[index])
+    for index in sorted(range(len(parts)), key=lambda i: -sizes[i]):
+        size = sizes[index]
         fullest = bisect.bisect_left(room, (size, -1))
         if fullest == len(room):
             rows.append([index])
@@ -44,25 +57,135 @@ def pack(trees: Sequence[TokenTree], max_tokens: int) -> list[TokenTree]:
             free, row = room.pop(fullest)
             rows[row].append(index)
             bisect.insort(room, (free - size, row))
-    return [TokenTree.concat([parts[i] for i in row]) for row in sorted(map(sorted, rows))]
+    rows = sorted(map(sorted, rows))
+    return Rows(trees, [[parts[i] for i in row] for row in rows], [sum(sizes[i] for i in row) for row in rows])
 
 
-def pack_stream(trees: Iterable[TokenTree], max_tokens: int, buffer_size: int = 512) -> Iterator[TokenTree]:
-    """The same for a stream: packs `buffer_size` trees at a time and keeps the emptiest row open for the next ones.
+_Part = tuple[int, Sequence[int] | None]  # a tree, and which of its passes; None: the tree as it is
 
-    As an `IterableDataset` in several processes it needs `accelerator_config={"dispatch_batches": False}` in the
-    TrainingArguments: the library's default joins the batches of all processes into one, and a batch is one row.
+
+class Rows(Sequence):
+    """Packed rows: a `train_dataset`. Each is put together when it is asked for.
+
+    Attributes:
+        lengths: int64, tokens of each.
+        split: how many trees were larger than a row.
     """
-    pending: list[TokenTree] = []
-    for tree in trees:
-        pending.append(tree)
-        if len(pending) >= buffer_size:
-            rows = pack(pending, max_tokens)
-            emptiest = rows.pop(min(range(len(rows)), key=lambda i: len(rows[i])))
-            yield from rows
-            pending = [emptiest]
-    if pending:
-        yield from pack(pending, max_tokens)
+
+    def __init__(self, trees: Sequence[TokenTree], plan: Sequence[Sequence[_Part]], lengths: Sequence[int]):
+        self._trees = trees
+        self._plan = plan
+        self.lengths = np.array(lengths, np.int64)
+        self.split = len({index for row in plan for index, passes in row if passes is not None})
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Rows(self._trees, self._plan[index], self.lengths[index])
+        return TokenTree.concat([_part(self._trees[tree], passes) for tree, passes in self._plan[index]])
+
+
+def pack_stream(trees: Iterable[TokenTree], max_tokens: int, buffer_size: int = 512) -> RowStream:
+    """The same for a stream, of which the end is not known: packs `buffer_size` trees at a time, and keeps the emptiest row
+    open for the next ones.
+
+    Args:
+        trees: anything that can be iterated, once for each epoch.
+        max_tokens, buffer_size: as above.
+
+    Returns:
+        An `IterableDataset`, see `RowStream`.
+    """
+    return RowStream(trees, max_tokens, buffer_size=buffer_size)
+
+
+class RowStream(IterableDataset):
+    """Rows packed from a stream. Every item of the stream is in exactly one row of an epoch: of several DataLoader workers,
+    and of several ranks, each takes every n-th item and packs those.
+
+    Ranks then have different numbers of rows. `flexmask.train.OnePassTrainer` gives each its share (`for_rank`), and batches
+    without weight to those that run out before the others. With the library's own Trainer leave `for_rank` alone: Accelerate
+    gives each rank every n-th row, and the first rows again where the last ones do not suffice for all; and it needs
+    `accelerator_config={"dispatch_batches": False}`, in one process too: its default joins the batches of all processes into
+    one, and a batch is one row.
+
+    Args:
+        items: anything that can be iterated, once for each epoch, and gives the same items in the same order to everyone.
+        max_tokens: tokens in a row, at most.
+        make: an item -> its tree, or None if it is left out, and what there is to count.
+        buffer_size: how many trees are packed at a time.
+    """
+
+    _SLOTS, _BYTES = 256, 4096
+
+    def __init__(
+        self,
+        items: Iterable,
+        max_tokens: int,
+        *,
+        make: Callable[[object], tuple[TokenTree | None, Counter]] | None = None,
+        buffer_size: int = 512,
+    ):
+        self.items = items
+        self.max_tokens = max_tokens
+        self.make = make
+        self.buffer_size = buffer_size
+        self._rank, self._ranks = 0, 1
+        # In memory that workers share: they are processes, and what they count is asked for here. One line of JSON for each.
+        shape = (0 if make is None else self._SLOTS, self._BYTES)
+        self._counted = torch.zeros(shape, dtype=torch.uint8).share_memory_()
+
+    def for_rank(self, rank: int, ranks: int) -> None:
+        """Take the share of a rank from now on."""
+        self._rank, self._ranks = rank, ranks
+
+    @property
+    def counted(self) -> Counter:
+        """What was counted in the items of this rank that were read so far in this epoch, by all workers. Workers read ahead
+        of what was trained."""
+        counted = Counter()
+        for slot in self._counted.numpy():
+            text = slot.tobytes().rstrip(b"\0")
+            counted.update(json.loads(text) if text else {})
+        return counted
+
+    def __iter__(self) -> Iterator[TokenTree]:
+        worker = get_worker_info()
+        worker, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        share = islice(self.items, self._rank * workers + worker, None, self._ranks * workers)
+        pending: list[TokenTree] = []
+        for tree in self._trees(share, worker):
+            pending.append(tree)
+            if len(pending) >= self.buffer_size:
+                rows = list(pack(pending, self.max_tokens))
+                emptiest = rows.pop(min(range(len(rows)), key=lambda i: len(rows[i])))
+                yield from rows
+                pending = [emptiest]
+        if pending:
+            yield from pack(pending, self.max_tokens)
+
+    def _trees(self, items: Iterable, worker: int) -> Iterator[TokenTree]:
+        if self.make is None:
+            yield from items
+            return
+        counted = Counter()
+        self._tell(counted, worker)  # not what was counted in an epoch before
+        for item in items:
+            tree, of_item = self.make(item)
+            counted.update(of_item)
+            self._tell(counted, worker)
+            if tree is not None:
+                yield tree
+
+    def _tell(self, counted: Counter, worker: int) -> None:
+        if worker >= self._SLOTS:
+            raise ValueError(f"a stream counts for {self._SLOTS} workers at most, use fewer (dataloader_num_workers)")
+        text = json.dumps(counted).encode()
+        if len(text) > self._BYTES:  # of all names the sum is kept
+            text = json.dumps({"others": counted.total()}).encode()
+        self._counted[worker] = torch.frombuffer(bytearray(text.ljust(self._BYTES, b"\0")), dtype=torch.uint8)
 
 
 def split(tree: TokenTree, max_tokens: int) -> list[TokenTree]:
@@ -85,6 +208,19 @@ def split(tree: TokenTree, max_tokens: int) -> list[TokenTree]:
     """
     if len(tree) <= max_tokens:
         return [tree]
+    return [_part(tree, passes) for passes, _ in _split(tree, max_tokens)]
+
+
+def _part(tree: TokenTree, passes: Sequence[int] | None) -> TokenTree:
+    """The tree of some of the passes."""
+    if passes is None:
+        return tree
+    every = tree.passes()
+    return TokenTree.from_passes([every[i] for i in passes])
+
+
+def _split(tree: TokenTree, max_tokens: int) -> list[tuple[list[int], int]]:
+    """For each part of a tree that is larger: its passes, and how many tokens it has."""
     passes = tree.passes()
     trained = [i for i, p in enumerate(passes) if np.any(p.token_weight)]
     if not trained:
@@ -96,7 +232,9 @@ def split(tree: TokenTree, max_tokens: int) -> list[TokenTree]:
             "tree can be split between its passes, not inside one: raise max_tokens, or cap passes with max_length"
         )
     if len(trained) < len(passes):
-        return split(TokenTree.from_passes([passes[i] for i in trained]), max_tokens)
+        rest = TokenTree.from_passes([passes[i] for i in trained])
+        parts = _split(rest, max_tokens) if len(rest) > max_tokens else [(range(len(trained)), len(rest))]
+        return [([trained[i] for i in part], size) for part, size in parts]
     ends = np.unique(tree.pass_end)
     is_leaf = np.append(ends[1:], len(tree)) >= tree.subtree_end[ends]  # no other pass goes on from there
     leaves = ends[is_leaf]
@@ -110,9 +248,7 @@ def split(tree: TokenTree, max_tokens: int) -> list[TokenTree]:
         groups = min(candidates, key=lambda groups: (len(groups), sum(_size(g, depth, shared) for g in groups)))
 
     leaf_of = np.searchsorted(leaves, tree.pass_end)  # the first leaf under a pass, in depth-first order
-    return [
-        TokenTree.from_passes([passes[i] for i in np.flatnonzero(np.isin(leaf_of, group))]) for group in sorted(groups)
-    ]
+    return [(np.flatnonzero(np.isin(leaf_of, group)).tolist(), _size(group, depth, shared)) for group in sorted(groups)]
 
 
 def _size(group: Sequence[int], depth: list[int], shared: list[int]) -> int:

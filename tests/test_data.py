@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from templates import tokenizer as template_tokenizer
 
 from flexmask import ConversationError, OnePassCollator, Pass, TokenTree, demo, render_passes
 from flexmask.data import build_trees, load_conversations
+from flexmask.messages import read_conversation
 
 USER = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "hi", "reasoning_content": "greet"}
@@ -48,13 +50,18 @@ def lines(*records) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+def as_read(records: list[dict]) -> list[dict]:
+    """As `messages` brings records into one form; that their arguments and keys survive is what is tested here."""
+    return [read_conversation(record, "") for record in records]
+
+
 def refusal(name: str, **kwargs) -> str:
     with pytest.raises(ConversationError) as caught:
         load_conversations(name, **kwargs)
     return str(caught.value)
 
 
-def same_trees(one: list[TokenTree], other: list[TokenTree]) -> bool:
+def same_trees(one: Sequence[TokenTree], other: Sequence[TokenTree]) -> bool:
     columns = [zip(a.to_dict().values(), b.to_dict().values(), strict=True) for a, b in zip(one, other, strict=True)]
     return all(np.array_equal(a, b) for tree in columns for a, b in tree)
 
@@ -66,14 +73,14 @@ def test_jsonl_keeps_messages_and_other_keys_as_they_are():
     """Arrow would give each record the keys of the other: tool arguments `city` and `days` both, one of them null."""
     records = [{**calling(city="Rome"), "tools": TOOLS, "id": 7}, calling(days=3, unit=None)]
     found = load_conversations(write("data.jsonl", "\n" + lines(*records) + "  \n"))
-    assert found == records
+    assert found == as_read(records)
     assert [c.origin for c in found] == ["data.jsonl:2", "data.jsonl:3"]
 
 
 def test_json_keeps_messages_and_other_keys_as_they_are():
     records = [{**calling(city="Rome"), "tools": None}, calling(days=3, unit=None)]
     found = load_conversations(write("data.json", "\ufeff" + json.dumps(records)))
-    assert found == records
+    assert found == as_read(records)
     assert [c.origin for c in found] == ["data.json: conversation 0", "data.json: conversation 1"]
 
 
@@ -83,7 +90,7 @@ def test_parquet_round_trip_leaks_no_nulls():
     datasets.Dataset.from_list(records).to_parquet("data.parquet")
     assert "null" in json.dumps(datasets.Dataset.from_parquet("data.parquet", cache_dir="cache")[0]), "the trap is set"
     found = load_conversations("data.parquet")
-    assert found == records
+    assert found == as_read(records)
     assert found[2].origin == "data.parquet: conversation 2"
 
 
@@ -91,9 +98,10 @@ def test_hub_rows_leak_no_nulls(monkeypatch):
     records = [calling(city="Rome"), calling(days=3)]
     asked = []
     rows = datasets.Dataset.from_list(records)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or rows)
-    found = load_conversations("some-org/chats-v1.5", split="test")
-    assert found == records and asked == [("some-org/chats-v1.5", "test")]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: asked.append((*given, options)) or rows)
+    found = load_conversations("some-org/chats-v1.5", split="test", config="en")
+    options = {"split": "test", "streaming": False}
+    assert found == as_read(records) and asked == [("some-org/chats-v1.5", "en", options)]
     assert found[1].origin == "some-org/chats-v1.5: conversation 1"
 
 
@@ -116,26 +124,26 @@ def test_sharegpt_becomes_messages():
     "record, message",
     [
         ([1, 2], "is list, expected an object with messages"),
-        ({"text": "x"}, "has the keys ['text'], expected messages (or conversations)"),
+        ({"text": "x"}, "has the keys text, expected messages (or conversations, or prompt and completion)"),
         ({"messages": []}, "the conversation is empty"),
-        ({"messages": "hi"}, "messages is str, expected a list of messages"),
-        ({"messages": None}, "messages is NoneType, expected a list of messages"),
+        ({"messages": "hi"}, "messages is a text that is no JSON (Expecting value: line 1 column 1 (char 0)), expected a"),
+        ({"messages": {"role": "user"}}, "messages is dict, expected a list of messages"),
+        ({"messages": None}, "has the keys (none), expected messages"),
         ({"messages": [USER]}, "no assistant message to train (none at all, or all have \"train\": false or weight 0)"),
         ({"messages": [USER, {**ANSWER, "train": False}]}, "no assistant message to train (none at all, or all have"),
         ({"messages": [USER, ANSWER, {"role": "bot", "content": ""}]}, "message 2: role is 'bot', expected one of sys"),
         ({"messages": [USER, ANSWER, USER, {"role": "assistant", "content": 5}]},
          "message 3 (assistant): content is int, expected a string"),
         ({"messages": [USER, {**ANSWER, "reasoning_content": 5}]}, "message 1 (assistant): reasoning_content is int, "),
-        ({**GOOD, "tools": "[]"}, "tools is str, expected a list"),
-        ({"conversations": "hi"}, "conversations is str, expected a list of messages"),
+        ({**GOOD, "tools": "weather"}, "tools is a text that is no JSON (Expecting value: line 1 column 1 (char 0)), exp"),
+        ({"conversations": 5}, "conversations is int, expected a list of messages"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "no assistant message to train"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]},
-         "message 1: from is 'bot', expected one of human, user, gpt,"),
-        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "message 0: from is ['gpt'], expected one of human, "),
-        ({"conversations": [USER]}, "message 0 has the keys ['content', 'role'], expected from and value"),
-        ({"conversations": ["a"]}, "message 0 is 'a', expected from and value"),
+         "message 1: role is 'bot', expected one of system, "),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "message 0: role is ['gpt'], expected one of system, "),
+        ({"conversations": ["a"]}, "message 0 is str, expected an object with role and content"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 1.5}]},
-         "message 1 (gpt): value is float, expected a string"),
+         "message 1 (assistant): content is float, expected a string"),
     ],
 )  # fmt: skip
 def test_faulty_record_is_refused_by_file_and_line(record, message):
@@ -171,11 +179,17 @@ def test_what_is_not_text_is_refused():
     assert "the JSON that starts at line 2 is refused" in refusal(write("data.jsonl", lines(GOOD, half)))
     whole = {"messages": [{"role": "user", "content": "🙂"}, ANSWER]}
     assert r"\ud83d\ude42" in lines(whole)
-    assert load_conversations(write("data.jsonl", lines(whole))) == [whole]
+    assert load_conversations(write("data.jsonl", lines(whole))) == as_read([whole])
 
 
-def test_json_must_be_a_list():
-    assert refusal(write("data.json", json.dumps(GOOD))) == "data.json: is dict, expected a list of conversations"
+def test_json_must_be_a_list_or_lines():
+    """The bug guarded: many .json files hold JSON lines, which were malformed JSON."""
+    expected = "data.json: is dict, expected a list of conversations, or one on each line"
+    assert refusal(write("data.json", json.dumps(GOOD, indent=1))) == expected
+    found = load_conversations(write("data.json", "\n" + lines(GOOD, GOOD)))
+    assert found == as_read([GOOD, GOOD]) and found[1].origin == "data.json:3"
+    assert load_conversations(write("data.json", lines(GOOD))) == as_read([GOOD])
+    assert refusal(write("data.json", lines(GOOD) + "[1]\n")).startswith("data.json:2: is list, expected an object")
 
 
 @pytest.mark.parametrize("name, text", [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.json", "  \n"), ("a.json", "[]")])
@@ -191,13 +205,17 @@ def test_missing_and_unknown_files_are_refused(monkeypatch):
         assert refusal(name) == f"{name}: {expected}"
     assert refusal(write("data.parquet", "PAR")).startswith("data.parquet: cannot be read as a Parquet file: ")
 
-    def unreachable(name, split):
-        raise ConnectionError("no network")
+    def unreachable(*given, **options):
+        raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert refusal("some-org/chats", split="test") == (
         "some-org/chats: is no .jsonl, .json or .parquet file, and loading it as a hub dataset (split 'test') failed: "
         "ConnectionError: no network"
+    )
+    assert "(configuration 'en', split 'train')" in refusal("some-org/chats", config="en")
+    assert refusal(write("data.jsonl", lines(GOOD)), config="en") == (
+        "data.jsonl: is a file, which has no configuration 'en'"
     )
 
 
@@ -305,7 +323,7 @@ def test_truncated_trees_are_those_of_passes_cut_by_hand(tokenizer):
 
 def test_nothing_left_is_reported(conversations, tokenizer):
     prepared = build_trees(conversations, tokenizer, max_length=3, overlong="truncate")
-    assert prepared.trees == [] and prepared.dropped == 24
+    assert len(prepared.trees) == 0 and prepared.dropped == 24
     assert "24 conversations dropped" in str(prepared) and "(100.00%) are not trained" in str(prepared)
 
 
@@ -314,7 +332,7 @@ def test_errors_name_the_origin(tokenizer):
     unrenderable = {"messages": [USER, ANSWER, {"role": "user", "content": "fail"}, ANSWER]}
     template = "{% for m in messages if m.content == 'fail' %}{{ raise_exception('no') }}{% endfor %}"
     template += demo.CHAT_TEMPLATE
-    expected = "message 3: the chat template failed while .*: no"
+    expected = r"message 3 \(assistant\): the chat template failed while .*: no"
     loaded = load_conversations(write("data.jsonl", lines(GOOD, GOOD, unrenderable)))[1:]
     for given, origin in ((loaded, "data.jsonl:3"), ([GOOD, unrenderable], "conversation 1")):
         for num_proc in (None, 2):

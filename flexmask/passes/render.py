@@ -31,7 +31,7 @@ from ..messages import (
     text_of,
     without_nulls,
 )
-from .template import Kind, Template, marked, template_of, unmarked, visible_at
+from .template import Kind, Mismatch, Template, marked, template_of, unmarked, visible_at
 
 TRAIN_ON = ("all", "last")
 EMPTY_REASONING = ("prompt", "keep", "drop", "error")
@@ -276,7 +276,9 @@ class _Renderer:
         try:
             lead = template.lead(turn.kind)
             if not prompt.endswith(lead.prompt_end):
-                raise template.mismatch(prompt, answered)
+                raise Mismatch
+        except Mismatch as error:
+            raise self._error(turn.index, str(template.mismatch(prompt, answered))) from error
         except ConversationError as error:
             raise self._error(turn.index, str(error)) from error
         return lead.before + reasoning_of(message).strip() + lead.after, unmarked(answered[at:])
@@ -329,6 +331,8 @@ class _Renderer:
             expected = sum(other.count(text) for other in texts)
             if turn.prompt.count(text) >= expected or _as_json(text, turn.prompt):
                 continue
+            if context[i].get("tool_calls"):
+                continue  # content beside calls is reasoning to some templates (gpt-oss), and goes as reasoning does
             if context[i]["role"] == "assistant" and text not in turn.prompt:
                 raise self._error(
                     i, f"the chat template does not render its content as it is; content starts {text[:60]!r}"

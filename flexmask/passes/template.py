@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jinja2.meta
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -75,6 +75,10 @@ class Kind:
         return cls(follows if follows in ("tool", "assistant") else "user", *map(bool, parts))
 
 
+class Mismatch(ConversationError):
+    """A template renders an answer in a way that does not continue its own prompt."""
+
+
 class Template:
     """A tokenizer's chat template with the arguments that it is called with.
 
@@ -88,7 +92,7 @@ class Template:
     def __init__(self, tokenizer, source: str | None, reasoning_format: str | None, arguments: Mapping):
         self.tokenizer, self._given, self.arguments = tokenizer, source, dict(arguments)
         self._format = reasoning_format
-        self._leads: dict[Kind, Lead | str] = {}
+        self._leads: dict[Kind, Lead | ConversationError] = {}
 
     # What it is called with, and what it reads.
 
@@ -229,10 +233,10 @@ class Template:
             try:
                 self._leads[kind] = self._find_lead(kind)
             except ConversationError as error:
-                self._leads[kind] = str(error)
+                self._leads[kind] = error
         found = self._leads[kind]
-        if isinstance(found, str):
-            raise ConversationError(found)
+        if isinstance(found, ConversationError):
+            raise found
         return found
 
     def _find_lead(self, kind: Kind) -> Lead:
@@ -260,30 +264,38 @@ class Template:
             after = self._end_of_thought(kind, begin, stub) if shown is None else shown
             return Lead("", after, prompt_end, True)
         rest = prompt[same:]
-        if rest.strip() and not self._is_closed(rest):
+        if rest.strip() and kind.reasoning:
             raise self.mismatch(prompt, answered)
+        if rest.strip() and not self._is_closed(rest):
+            if kind.follows == "user":
+                raise self.mismatch(prompt, answered)
+            # History writes the message in another way (DeepSeek-V3 runs the calls of a loop together). A model begins its
+            # turn as it does after a user.
+            return Lead(self._stub_after_user(kind), "", prompt_end, False)
         if not kind.reasoning:
             return Lead(stub, "", prompt_end, self.thinks(stub))
-        if rest.strip():
-            raise self.mismatch(prompt, answered)
         empty = _EMPTY_THOUGHT.search(stub)
         if empty:
             return Lead(stub[: empty.end("open")], stub[empty.start("close") :], prompt_end, True)
-        shown = self._shown_with_other_arguments(kind)
+        switched_on = self._shown_with_other_arguments(kind)
         raise ConversationError(
-            f"the chat template drops its reasoning and renders only {answered[same:][:80]!r}"
-            + (
-                f"; pass {shown}, with which it renders it"
-                if shown
-                else ", and how the model writes reasoning could not be "
-            )
-            + (
-                ""
-                if shown
-                else "detected; pass reasoning_format=…, for example '<think>\\n{reasoning}\\n</think>\\n\\n',"
-            )
-            + " or a chat_template=… that renders the reasoning of the last message"
+            f"the chat template drops its reasoning, which it renders with {switched_on}: pass that"
+            if switched_on
+            else "the chat template drops its reasoning, and how the model writes reasoning could not be detected; pass "
+            "reasoning_format=…, for example '<think>\\n{reasoning}\\n</think>\\n\\n', or a chat_template=… that renders "
+            "the reasoning of the last message"
         )
+
+    def _stub_after_user(self, kind: Kind) -> str:
+        """What stands before the first visible piece of a message that follows a user, without what the prompt begins."""
+        context, message = _probe(replace(kind, follows="user"))
+        tools = self._probe_tools(kind)
+        prompt = self._try(context, tools, generate=True, as_they_are=False)
+        answered = self._try([*context, marked(message)], tools, as_they_are=False)
+        header = prompt.removesuffix(self.opened(prompt)) if prompt else None
+        if not (header and answered and answered.startswith(header) and visible_at(answered) >= len(header)):
+            raise self.mismatch(prompt or "", answered or "")
+        return answered[len(header) : visible_at(answered)]
 
     def shown_lead(self, prompt: str, answered: str, message: Mapping) -> tuple[str, str] | None:
         """Before and after the reasoning of a marked message, where the template itself continues the prompt with it."""
@@ -363,7 +375,7 @@ class Template:
             )
         space = begin[len(begin.rstrip()) :]
         end = begin.strip().replace(plain["begin"], plain["begin"] + "/", 1)
-        return f"{space}{end}{space * 2}"
+        return f"{space}{end}{space * 2}{stub.removeprefix(begin)}"
 
     def _is_closed(self, rest: str) -> bool:
         """Whether what only the prompt has (an empty block, say) leaves no thought open."""
@@ -378,11 +390,11 @@ class Template:
                     return f"{name}=True"
         return ""
 
-    def mismatch(self, prompt: str, answered: str) -> ConversationError:
-        """Prompt and answer do not agree."""
+    def mismatch(self, prompt: str, answered: str) -> Mismatch:
+        """The error for a prompt and an answer that do not agree."""
         answered = unmarked(answered)
         same = len(common_start(prompt, answered))
-        return ConversationError(
+        return Mismatch(
             "the chat template renders it in a way that does not continue its own prompt: the prompt goes on "
             f"{prompt[same:][:80]!r} where the answer has {answered[same:][:80]!r}; pass template arguments "
             f"({self.thinking_arguments()}) or a chat_template=… with which both agree"

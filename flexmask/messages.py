@@ -351,6 +351,7 @@ def _read_content(message: dict, where: str) -> list[str]:
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         kind = part.get("type", "text" if "text" in part else None) if isinstance(part, Mapping) else None
+        kind = kind if isinstance(kind, str) else None
         if kind in ("thinking", "reasoning") and message["role"] == "assistant":
             reasoning.append(_thinking(part, kind, where))
         elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
@@ -358,7 +359,7 @@ def _read_content(message: dict, where: str) -> list[str]:
         else:
             raise ConversationError(
                 f"{where}: content has a part {_short(part)}, expected parts of type text"
-                + (" (a model of text takes no other media)" if isinstance(kind, str) and "text" not in kind else "")
+                + (" (a model of text takes no other media)" if kind and "text" not in kind else "")
             )
     message["content"] = texts
     if not texts:

@@ -266,7 +266,7 @@ def places(value, path=()):
 @settings(deadline=None, max_examples=400, print_blob=True)
 @given(form=st.sampled_from(FORMS), data=st.data())
 def test_fuzzed_records_are_passes_or_an_error_of_ours(form, data):
-    record = changed(form)
+    record = copy.deepcopy(changed(form))
     for _ in range(data.draw(st.integers(1, 3))):
         *path, last = data.draw(st.sampled_from([p for p in places(record) if p] or [("messages",)]))
         at = record

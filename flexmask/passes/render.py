@@ -248,9 +248,11 @@ class _Renderer:
 
     def _render(self, template: Template, turns: Sequence[_Turn]) -> None:
         """Prompts and completions of turns with one set of arguments."""
-        contexts = [self._messages[: turn.index] for turn in turns]
+        taken = [template.as_taken(message) for message in self._messages[: turns[-1].index]]
+        contexts = [taken[: turn.index] for turn in turns]
         prompts = self._apply(template, contexts, turns, generate=True)
-        messages = [[*context, marked(self._messages[turn.index])] for context, turn in zip(contexts, turns)]
+        answers = [template.as_taken(marked(self._messages[turn.index])) for turn in turns]
+        messages = [[*context, answer] for context, answer in zip(contexts, answers)]
         for turn, prompt, answered in zip(turns, prompts, self._apply(template, messages, turns)):
             turn.prompt = prompt
             turn.lead, visible = self._parts(turn, answered)
@@ -310,7 +312,8 @@ class _Renderer:
         """A template that knows no tools leaves them out without a word."""
         if not self._tools:
             return
-        [without] = turn.template.render([self._messages[: turn.index]], generate=True)
+        context = [turn.template.as_taken(message) for message in self._messages[: turn.index]]
+        [without] = turn.template.render([context], generate=True)
         for tool in self._tools:
             name = tool["function"]["name"]
             if turn.prompt.count(name) <= without.count(name):

@@ -127,13 +127,14 @@ class Template:
     def switch(self) -> str | None:
         """The argument that, set to False, makes the prompt ask for an answer without a thought."""
         conversation = [{"role": "user", "content": _USER}]
-        now = self._try(conversation, generate=True, as_they_are=False)
+        now = self._probed(conversation, generate=True)
         for name in _SWITCHES:
             if name in self.variables and now is not None:
                 off = Template(self.tokenizer, self._given, self._format, self.arguments | {name: False})
-                if self.arguments.get(name) is not False and off._try(
-                    conversation, generate=True, as_they_are=False
-                ) not in (None, now):
+                if self.arguments.get(name) is not False and off._probed(conversation, generate=True) not in (
+                    None,
+                    now,
+                ):
                     return name
         return None
 
@@ -149,17 +150,16 @@ class Template:
     # Rendering.
 
     def render(self, conversations: Sequence[Sequence[Mapping]], tools=None, *, generate: bool = False) -> list[str]:
-        """Render conversations of messages that were read, each in the form that the template takes.
+        """Render conversations of messages in the form that the template takes (`as_taken`).
+
+        Args:
+            generate: with the generation prompt.
 
         Raises:
             Exception: whatever the template raises.
         """
-        conversations = [[self._as_taken(message) for message in messages] for messages in conversations]
-        return self._apply(conversations, tools, generate)
-
-    def _apply(self, conversations, tools, generate: bool) -> list[str]:
         return self.tokenizer.apply_chat_template(
-            conversations,
+            list(conversations),
             tools=tools,
             chat_template=self._given,
             tokenize=False,
@@ -167,34 +167,34 @@ class Template:
             **self.arguments,
         )
 
-    def _try(self, messages, tools=None, *, generate: bool = False, as_they_are: bool = True) -> str | None:
-        """One conversation, or None if the template raises."""
+    def _probed(self, messages: Sequence[Mapping], tools=None, *, generate: bool = False) -> str | None:
+        """A probe of messages in our form; None if the template raises."""
+        return self._probed_as_it_is([self.as_taken(message) for message in messages], tools, generate)
+
+    def _probed_as_it_is(self, messages: Sequence[Mapping], tools=None, generate: bool = False) -> str | None:
         try:
-            if not as_they_are:
-                return self.render([messages], tools, generate=generate)[0]
-            return self._apply([messages], tools, generate)[0]
-        except Exception:
+            return self.render([messages], tools, generate=generate)[0]
+        except Exception:  # a template may raise anything
             return None
 
-    def _as_taken(self, message: Mapping) -> dict:
-        message = dict(message)
+    def as_taken(self, message: Mapping) -> Mapping:
+        """A message that was read in the form that the template takes: its role, its content, the arguments of its calls."""
+        changed = {}
         if message["role"] == "developer" and not self._has_developer:
-            message["role"] = "system"
-        if self._wants_parts:
-            if isinstance(message["content"], str):
-                message["content"] = [{"type": "text", "text": message["content"]}]
-        else:
-            message["content"] = text_of(message)
+            changed["role"] = "system"
+        if isinstance(message["content"], str) == self._wants_parts:
+            text = text_of(message)
+            changed["content"] = [{"type": "text", "text": text}] if self._wants_parts else text
         if self._wants_text_as_arguments and message.get("tool_calls"):
-            message["tool_calls"] = [_with_text_as_arguments(call) for call in message["tool_calls"]]
-        return message
+            changed["tool_calls"] = [_with_text_as_arguments(call) for call in message["tool_calls"]]
+        return {**message, **changed} if changed else message
 
     @functools.cached_property
     def _wants_parts(self) -> bool:
         """Whether it takes content only as a list of parts. One that takes texts gets texts."""
         texts = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
         parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in texts]
-        as_text, as_parts = (self._try(form) or "" for form in (texts, parts))
+        as_text, as_parts = (self._probed_as_it_is(form) or "" for form in (texts, parts))
         return not _holds(as_text, _USER, _ANSWER) and _holds(as_parts, _USER, _ANSWER) and "'text'" not in as_parts
 
     @functools.cached_property
@@ -206,7 +206,7 @@ class Template:
             content = [{"type": "text", "text": ""}] if self._wants_parts else ""
             user = [{"type": "text", "text": _USER}] if self._wants_parts else _USER
             probe = [{"role": "user", "content": user}, {"role": "assistant", "content": content, "tool_calls": [form]}]
-            text = self._try(probe, [_TOOL]) or self._try(probe) or ""
+            text = self._probed_as_it_is(probe, [_TOOL]) or self._probed_as_it_is(probe) or ""
             body = text[text.rfind(_USER) :]
             # Python's notation, or JSON text as a JSON string, is not what a model writes.
             results.append(_VALUE in body and f"'{_KEY}'" not in body and f'\\"{_KEY}' not in body)
@@ -219,7 +219,7 @@ class Template:
         text = _USER if not self._wants_parts else [{"type": "text", "text": _USER}]
         question = _NEXT if not self._wants_parts else [{"type": "text", "text": _NEXT}]
         probe = [{"role": "developer", "content": text}, {"role": "user", "content": question}]
-        return _holds(self._try(probe, generate=True) or "", _USER, _NEXT)
+        return _holds(self._probed_as_it_is(probe, generate=True) or "", _USER, _NEXT)
 
     # What it writes before a message.
 
@@ -241,8 +241,8 @@ class Template:
 
     def _find_lead(self, kind: Kind) -> Lead:
         context, message = _probe(kind)
-        prompt = self._try(context, self._probe_tools(kind), generate=True, as_they_are=False)
-        answered = self._try([*context, marked(message)], self._probe_tools(kind), as_they_are=False)
+        prompt = self._probed(context, self._probe_tools(kind), generate=True)
+        answered = self._probed([*context, marked(message)], self._probe_tools(kind))
         if prompt is None or answered is None:
             raise ConversationError("the chat template failed on a short conversation of this kind")
         prompt_end = prompt[prompt.rfind(text_of(context[-1])) + len(text_of(context[-1])) :]
@@ -290,8 +290,8 @@ class Template:
         """What stands before the first visible piece of a message that follows a user, without what the prompt begins."""
         context, message = _probe(replace(kind, follows="user"))
         tools = self._probe_tools(kind)
-        prompt = self._try(context, tools, generate=True, as_they_are=False)
-        answered = self._try([*context, marked(message)], tools, as_they_are=False)
+        prompt = self._probed(context, tools, generate=True)
+        answered = self._probed([*context, marked(message)], tools)
         header = prompt.removesuffix(self.opened(prompt)) if prompt else None
         if not (header and answered and answered.startswith(header) and visible_at(answered) >= len(header)):
             raise self.mismatch(prompt or "", answered or "")
@@ -349,7 +349,7 @@ class Template:
         rendered = []
         for arguments in ({}, *({name: True} for name in _SWITCHES if name in self.variables)):
             template = Template(self.tokenizer, self._given, None, self.arguments | arguments)
-            text = template._try([*context, marked(message)], self._probe_tools(kind), as_they_are=False)
+            text = template._probed([*context, marked(message)], self._probe_tools(kind))
             after = _after_reasoning(text, message) if text else None
             if after is not None:
                 rendered.append((text, after))
@@ -385,7 +385,7 @@ class Template:
         context, message = _probe(kind)
         for name in _SWITCHES:
             if name in self.variables:
-                text = self.with_arguments(**{name: True})._try([*context, marked(message)], as_they_are=False)
+                text = self.with_arguments(**{name: True})._probed([*context, marked(message)])
                 if text and REASONING_MARK in text:
                     return f"{name}=True"
         return ""
@@ -426,10 +426,10 @@ class Template:
         """What follows the last text: in a closed question, a prompt, an answer, and an answer before the next question."""
         question, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
         following = {"role": "user", "content": _NEXT}
-        closed = self._try([question], as_they_are=False)
-        prompt = self._try([question], generate=True, as_they_are=False)
-        answered = self._try([question, answer], as_they_are=False)
-        continued = self._try([question, answer, following], as_they_are=False)
+        closed = self._probed([question])
+        prompt = self._probed([question], generate=True)
+        answered = self._probed([question, answer])
+        continued = self._probed([question, answer, following])
         if None in (closed, prompt, answered, continued):
             return None
         continued = continued[: continued.rfind(_NEXT)]
@@ -464,9 +464,9 @@ class Template:
             plain = self._first_token(self._after[3])
         calls = None
         context, message = _probe(Kind("user", False, False, True))
-        answered = self._try([*context, message], [_TOOL], as_they_are=False)
+        answered = self._probed([*context, message], [_TOOL])
         result = {"role": "tool", "content": _NEXT, "name": _NAME, "tool_call_id": _call()["id"]}
-        continued = self._try([*context, message, result], [_TOOL], as_they_are=False)
+        continued = self._probed([*context, message, result], [_TOOL])
         if (
             answered is not None
             and continued is not None

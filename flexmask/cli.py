@@ -1,4 +1,4 @@
-"""The `flexmask` command: train, verify, inspect."""
+"""The `flexmask` command: train, prepare, verify, inspect."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import yaml
 
 from .messages import ConversationError
 
-USAGE = """usage: flexmask {train,verify,inspect} …
+USAGE = """usage: flexmask {train,prepare,verify,inspect} …
 
   flexmask train    fine-tune a model on conversations, one pass each (--config FILE, or flags; --help lists them)
+  flexmask prepare  render and tokenise the conversations of a training ahead, with the arguments of train
   flexmask verify   compare one-pass with N-pass losses and gradients on your model and data; exit code 1 if they differ
   flexmask inspect  what a conversation becomes: passes, tokens, tiles, and a picture of the mask
 """
@@ -23,7 +24,7 @@ USAGE = """usage: flexmask {train,verify,inspect} …
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 1 if a comparison failed, 2 for bad input."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "verify": _verify, "inspect": _inspect}
+    commands = {"train": _train, "prepare": _prepare, "verify": _verify, "inspect": _inspect}
     if not argv or argv[0] not in commands:
         asked = argv and argv[0] in ("-h", "--help")
         print(USAGE, file=sys.stdout if asked else sys.stderr)
@@ -51,7 +52,9 @@ def _parse(classes: tuple[type, ...], argv: list[str], *, positional: str | None
     parser = HfArgumentParser(classes, allow_abbrev=False, **options)
     if positional:
         parser.add_argument(
-            positional, help=".json, .jsonl or .parquet file of conversations, hub name, or flexmask/generated"
+            positional,
+            help=".json, .jsonl or .parquet file of conversations, hub name, or flexmask/generated; or a JSON object with "
+            "name, config, split, columns",
         )
     else:
         parser.add_argument("--config", help="A YAML file with these arguments; flags override it.")
@@ -92,18 +95,44 @@ def _config_flags(argv: list[str]) -> list[str]:
     for name, value in entries.items():
         if value is None:
             continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}", *map(str, values)]
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     return flags
 
 
 def _train(argv: list[str]) -> int:
-    from .train import DataArguments, ModelArguments, OnePassTrainingArguments, TemplateArguments, train
+    from .train import train
 
-    classes = (ModelArguments, DataArguments, TemplateArguments, OnePassTrainingArguments)
     description = "Fine-tune a model on conversations. Below ours, the arguments of the Hugging Face Trainer."
-    train(*_parse(classes, argv, prog="flexmask train", description=description))
+    train(*_parse_training(argv, prog="flexmask train", description=description))
     return 0
+
+
+def _prepare(argv: list[str]) -> int:
+    from .train import prepare_datasets
+
+    description = (
+        "Render and tokenise conversations ahead, so that `flexmask train` with the same arguments (those that are about the "
+        "data, the template and the model's tokenizer matter) begins at once."
+    )
+    argv = [*argv, "--use_cpu", "true"]  # half precision must not ask for a GPU
+    prepare_datasets(*_parse_training(argv, prog="flexmask prepare", description=description))
+    return 0
+
+
+def _parse_training(argv: list[str], **options) -> list:
+    from .arguments import DataArguments, ModelArguments, OnePassTrainingArguments, TemplateArguments
+
+    return _parse((ModelArguments, DataArguments, TemplateArguments, OnePassTrainingArguments), argv, **options)
+
+
+def _dataset(entry: str):
+    from .arguments import DatasetArguments
+
+    try:
+        return DatasetArguments.of(entry)
+    except ValueError as error:
+        raise ArgumentError(error) from error
 
 
 @dataclass
@@ -119,7 +148,8 @@ class VerifyArguments:
 def _verify(argv: list[str]) -> int:
     import torch
 
-    from .train import ModelArguments, TemplateArguments, load_data, load_model
+    from .arguments import ModelArguments, TemplateArguments
+    from .train import first_conversations, load_model
     from .verify import verify
 
     classes = (VerifyArguments, ModelArguments, TemplateArguments)
@@ -127,7 +157,9 @@ def _verify(argv: list[str]) -> int:
     args, model_args, template_args, name = _parse(
         classes, argv, positional="dataset_name", prog="flexmask verify", description=description
     )
-    conversations = load_data(name)[: args.max_samples]
+    conversations = list(first_conversations([_dataset(name)], count=args.max_samples))
+    if not conversations:
+        raise ConversationError(f"{name}: holds no conversations")
     model, tokenizer = load_model(model_args, conversations)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     report = verify(model.to(device), tokenizer, conversations, gradients=args.gradients, **template_args.options())
@@ -143,20 +175,26 @@ class InspectArguments:
 
 
 def _inspect(argv: list[str]) -> int:
+    from .arguments import TemplateArguments
     from .cost import cost
     from .inspect import draw_mask, inspect_passes
+    from .loading import open_dataset
+    from .messages import read_conversation
     from .passes import render_conversation
-    from .train import TemplateArguments, load_config, load_data, load_tokenizer
+    from .train import first_conversations, load_config, load_tokenizer
 
     description = "Show what a conversation becomes, and draw its mask."
     args, template_args, name = _parse(
         (InspectArguments, TemplateArguments), argv, positional="file", prog="flexmask inspect", description=description
     )
-    conversations = load_data(name)
-    if not 0 <= args.index < len(conversations):
-        raise ConversationError(f"--index is {args.index}, but {name} has {len(conversations)} conversations")
-    tokenizer = load_tokenizer(args.tokenizer, conversations)
-    passes = render_conversation(conversations[args.index], tokenizer, **template_args.options())
+    dataset = _dataset(name)
+    source = open_dataset(dataset)
+    if not 0 <= args.index < len(source):
+        raise ConversationError(f"--index is {args.index}, but {source.name} has {len(source)} conversations")
+    [(origin, record)] = source.read(args.index, args.index + 1)
+    conversation = read_conversation(record, origin, dataset.columns)
+    tokenizer = load_tokenizer(args.tokenizer, first_conversations([dataset]))
+    passes = render_conversation(conversation, tokenizer, **template_args.options())
     inspection = inspect_passes(passes)
     draw_mask(inspection.tree, args.output)
     print(f"{inspection}\nmask picture: {args.output}")

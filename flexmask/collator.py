@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .mask import BLOCK_SIZE
 from .messages import ConversationError
-from .passes import render_conversation
+from .passes import Pass, render_conversation
 from .tree import LOSS_REDUCTIONS, TokenTree
 
 
@@ -120,6 +120,12 @@ def to_batch(row: TokenTree, *, pad_to_multiple_of: int = BLOCK_SIZE, pad_token_
         "shift_labels": labels,
     }
     return batch if (weight == 1).all() else batch | {"target_weight": torch.from_numpy(weight)[None]}
+
+
+def empty_batch(pad_to_multiple_of: int = BLOCK_SIZE) -> dict[str, Tensor]:
+    """A batch that counts for nothing: one target, of weight 0. For a rank that has nothing left while others have."""
+    row = TokenTree.from_passes([Pass([0, 0], [False, True])])
+    return to_batch(row, pad_to_multiple_of=pad_to_multiple_of) | {"target_weight": torch.zeros(1, 1)}
 
 
 def to_inputs(row: TokenTree, *, pad_to_multiple_of: int = BLOCK_SIZE, pad_token_id: int = 0) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import bisect
 import hashlib
 import json
 import os
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
@@ -238,6 +239,36 @@ class HubDataset(Source):
     @property
     def fingerprint(self) -> str:
         return self._dataset._fingerprint
+
+
+class Interleaved:
+    """Items of several iterables, mixed, in the same order whenever and wherever it is iterated.
+
+    Without weights every item comes once, the next from any iterable that has one. With weights the iterables are drawn from in
+    their proportion; one that ends begins again, until each has ended.
+    """
+
+    def __init__(self, iterables: Sequence[Iterable], weights: Sequence[float] | None = None, seed: int = 0):
+        self.iterables = iterables
+        self.weights = weights
+        self.seed = seed
+
+    def __iter__(self) -> Iterator:
+        rng = random.Random(self.seed)
+        iterators, end = [iter(items) for items in self.iterables], object()
+        unfinished = list(range(len(iterators)))
+        while unfinished:
+            if self.weights is None:
+                i = rng.choice(unfinished)
+            else:
+                [i] = rng.choices(range(len(iterators)), self.weights)
+            item = next(iterators[i], end)
+            if item is not end:
+                yield item
+                continue
+            if i in unfinished:
+                unfinished.remove(i)
+            iterators[i] = iter(self.iterables[i])
 
 
 def _numbered(name: str, rows: Iterable, start: int = 0) -> Iterator[Record]:

@@ -1,0 +1,272 @@
+"""What `flexmask` is told on the command line, or in a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from .data import OVERLONG
+from .passes import EMPTY_REASONING, TRAIN_ON
+from .sources import SUFFIXES
+from .tree import LOSS_REDUCTIONS
+
+# Names that need no download: a small random model, and generated conversations.
+TINY_MODEL = "flexmask/tiny-random"
+GENERATED_DATA = "flexmask/generated"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": f"A hub name, a folder, or {TINY_MODEL} (nothing to download)."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: auto, float32, bfloat16, float16."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Default: all linear layers."})
+
+    def __post_init__(self):
+        _one_of("dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class DatasetArguments:
+    """One dataset: an entry of dataset_name, in YAML or JSON, which may be its name alone.
+
+    Attributes:
+        name, split, config: see `sources.open_source`; or the name GENERATED_DATA.
+        weight: see `dataset_weights`.
+        columns: see `columns`.
+    """
+
+    name: str
+    weight: float | None = None
+    split: str = "train"
+    config: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not isinstance(self.split, str):
+            raise ValueError(f"the dataset {self.name!r} needs texts as name and split")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ValueError(f"the weight of {self.name} is {self.weight}, expected a number above 0")
+        if not isinstance(self.columns, dict) or not all(isinstance(text, str) for text in self.columns.values()):
+            raise ValueError(f"columns is {json.dumps(self.columns)}, expected names of columns as names and values")
+
+    @classmethod
+    def of(cls, entry: str, **common) -> DatasetArguments:
+        """From a name, or an object in JSON."""
+        own = _json_object("dataset_name", entry) if entry.lstrip().startswith("{") else {"name": entry}
+        if "name" not in own or own.keys() - {f.name for f in fields(cls)}:
+            raise ValueError(f"dataset_name has {entry}, expected an object with name, weight, config, split, columns")
+        return cls(**common | own)
+
+    @property
+    def is_file(self) -> bool:
+        return self.name.lower().endswith(SUFFIXES)
+
+
+@dataclass
+class DataArguments:
+    dataset_name: list[str] = field(
+        metadata={
+            "help": f".json, .jsonl or .parquet files, hub names, or {GENERATED_DATA}; or JSON objects with name, and weight, "
+            "config, split, columns of its own."
+        }
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "How often conversations are taken of each dataset, in proportion. In an epoch each comes at least once, "
+            "those of a dataset that is too small for its weight several times. Default: each comes once."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of hub datasets."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of hub datasets."})
+    columns: str = field(
+        default="{}",
+        metadata={"help": 'JSON: our names of columns to those in the records, e.g. {"messages": "chat"}.'},
+    )
+    eval_dataset_name: list[str] | None = field(default=None, metadata={"help": "For evaluation, likewise."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split of hub datasets for evaluation."})
+    test_size: float | None = field(
+        default=None,
+        metadata={"help": "Conversations to hold out for evaluation, drawn by the seed: a part below 1, or how many."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Prepare nothing: read, render and pack while training. Needs max_steps."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes for rendering and tokenising. Default: one for each core."}
+    )
+    dataset_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where prepared data is kept. Default: in the cache of the datasets library."}
+    )
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Use the first conversations of each dataset only."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of one pass, at most. Default: what the model takes."}
+    )
+    max_tokens: int = field(default=16384, metadata={"help": "Tokens of one packed row, which is one batch."})
+    overlong: str = field(
+        default="error", metadata={"help": "Passes over max_length: error, drop the conversation, or truncate them."}
+    )
+    loss_reduction: str = field(
+        default="token", metadata={"help": "The loss is a mean per token, turn or conversation."}
+    )
+    verify: bool = field(default=True, metadata={"help": "Compare two conversations with N passes before training."})
+    compare: int = field(default=0, metadata={"help": "Compare this many conversations with N passes afterwards."})
+
+    def __post_init__(self):
+        _one_of("overlong", self.overlong, OVERLONG)
+        _one_of("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+        for name in ("max_length", "max_tokens", "max_samples", "dataset_num_proc"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if self.test_size is not None and not (0 < self.test_size < 1 or self.test_size % 1 == 0 < self.test_size):
+            raise ValueError(f"test_size is {self.test_size}, expected a part between 0 and 1, or a whole number")
+        if self.test_size is not None and (self.eval_dataset_name or self.streaming):
+            other = "eval_dataset_name" if self.eval_dataset_name else "streaming"
+            raise ValueError(f"test_size and {other} exclude each other")
+        self.train_datasets()
+        self.eval_datasets()
+
+    def train_datasets(self) -> list[DatasetArguments]:
+        """What to train on."""
+        found = self._datasets(self.dataset_name, self.dataset_train_split)
+        weights = self.dataset_weights
+        if weights is not None and len(weights) != len(found):
+            raise ValueError(f"dataset_weights has {len(weights)} numbers for {len(found)} datasets")
+        if weights is not None:
+            found = [replace(dataset, weight=weight) for dataset, weight in zip(found, weights)]
+        if len({dataset.weight is None for dataset in found}) > 1:
+            raise ValueError("some datasets have a weight and some have none, expected one for each or for none")
+        return found
+
+    def eval_datasets(self) -> list[DatasetArguments]:
+        """What to evaluate on: each conversation once."""
+        return [replace(d, weight=None) for d in self._datasets(self.eval_dataset_name or [], self.dataset_test_split)]
+
+    def _datasets(self, entries: list[str], split: str) -> list[DatasetArguments]:
+        common = {"split": split, "columns": _json_object("columns", self.columns)}
+        found = []
+        for entry in entries:
+            own = _json_object("dataset_name", entry) if entry.lstrip().startswith("{") else {"name": entry}
+            unknown = own.keys() - {f.name for f in fields(DatasetArguments)}
+            if unknown or "name" not in own:
+                raise ValueError(
+                    f"dataset_name has {entry}, expected an object with name, weight, config, split, columns"
+                )
+            dataset = DatasetArguments(**common | own)
+            if dataset.config is None and not dataset.is_file:
+                dataset = replace(dataset, config=self.dataset_config)
+            found.append(dataset)
+        return found
+
+
+@dataclass
+class TemplateArguments:
+    chat_template_path: str | None = field(default=None, metadata={"help": "A Jinja file to use as chat template."})
+    chat_template_kwargs: str = field(default="{}", metadata={"help": "JSON: arguments for the chat template."})
+    reasoning_format: str | None = field(
+        default=None, metadata={"help": r"How the model writes reasoning, e.g. '<think>\n{reasoning}\n</think>\n\n'."}
+    )
+    end_of_turn: str | None = field(default=None, metadata={"help": "Token that ends an answer, if not detected."})
+    train_on: str = field(
+        default="all", metadata={"help": f"Which assistant messages of a conversation: {', '.join(TRAIN_ON)}."}
+    )
+    empty_reasoning: str = field(
+        default="prompt",
+        metadata={
+            "help": "Messages without reasoning, where the template writes an empty thought: put it in the prompt, keep it "
+            "as a target, drop the message (context only), or error."
+        },
+    )
+    reasoning_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of reasoning in the loss, that of answers being 1; 0 trains answers only."},
+    )
+
+    def __post_init__(self):
+        _json_object("chat_template_kwargs", self.chat_template_kwargs)
+        _one_of("train_on", self.train_on, TRAIN_ON)
+        _one_of("empty_reasoning", self.empty_reasoning, EMPTY_REASONING)
+        if not 0 <= self.reasoning_weight < math.inf:
+            raise ValueError(f"reasoning_weight is {self.reasoning_weight}, expected a number that is not negative")
+
+    def options(self) -> dict:
+        """The same as keywords of `render_passes`."""
+        template = Path(self.chat_template_path).read_text() if self.chat_template_path else None
+        # A shell hands over backslash and n.
+        reasoning_format = self.reasoning_format and self.reasoning_format.replace("\\n", "\n")
+        return {
+            "chat_template": template,
+            "reasoning_format": reasoning_format,
+            "end_of_turn": self.end_of_turn,
+            "train_on": self.train_on,
+            "empty_reasoning": self.empty_reasoning,
+            "reasoning_weight": self.reasoning_weight,
+            **json.loads(self.chat_template_kwargs),
+        }
+
+
+@dataclass
+class OnePassTrainingArguments(TrainingArguments):
+    """The Trainer's own arguments, with the defaults that one-pass training needs."""
+
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Rows in a batch; one-pass training takes 1."}
+    )
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Rows in a batch; one-pass training takes 1."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are not columns."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss, do not gather logits."})
+    logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "False: a loss that is not finite is shown."})
+    report_to: str = field(default="none", metadata={"help": "Loggers of the Trainer, e.g. tensorboard or wandb."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # The library's default for streams sends the batches of one process to all, and cuts them: a batch is one row.
+            self.accelerator_config.dispatch_batches = False
+        if self.per_device_train_batch_size != 1 or self.per_device_eval_batch_size != 1:
+            raise ValueError(
+                "per_device_train_batch_size and per_device_eval_batch_size must be 1: a batch is one packed row of "
+                "max_tokens tokens; set max_tokens, or gradient_accumulation_steps for a larger batch"
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false (true would drop the tree from the batch)")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, expected 0: the Trainer's smoothing shifts the "
+                "labels by one token, and a target need not be the right neighbour of where it is predicted"
+            )
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.n_gpu} GPUs, and DataParallel cannot split a row; start one process for each: "
+                f"torchrun --nproc_per_node {self.n_gpu} -m flexmask train …, or set CUDA_VISIBLE_DEVICES"
+            )
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def _json_object(name: str, text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {text!r}, expected a JSON object")
+    return value

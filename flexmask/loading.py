@@ -1,0 +1,229 @@
+"""Datasets as the arguments name them -> rows to train on and to evaluate, and conversations to compare."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from itertools import islice
+
+import numpy as np
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from . import demo
+from .arguments import GENERATED_DATA, DataArguments, DatasetArguments
+from .data import Preparation, TreeMaker, Trees, prepare, tree_maker
+from .messages import Conversation, ConversationError
+from .packing import Rows, RowStream, pack
+from .sources import InMemory, Interleaved, Source, open_source
+from .tree import TokenTree
+
+SAMPLE = 64  # records at the beginning of a stream that are looked at before training
+
+
+def open_dataset(dataset: DatasetArguments, seed: int = 0, streaming: bool = False) -> Source:
+    """Its records; of generated conversations the seed decides."""
+    if dataset.name == GENERATED_DATA:
+        return InMemory(GENERATED_DATA, demo.conversations(512 if dataset.split == "train" else 64, seed=seed))
+    return open_source(dataset.name, dataset.split, dataset.config, streaming)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A prepared dataset, or some of its conversations.
+
+    Attributes:
+        source, maker: its records, and what made trees of them.
+        prepared: all its trees.
+        rows: which of them.
+        weight: see `mix`.
+    """
+
+    source: Source
+    maker: TreeMaker
+    prepared: Preparation
+    rows: np.ndarray
+    weight: float | None = None
+
+    @property
+    def trees(self) -> Trees:
+        return self.prepared.trees.take(self.rows)
+
+    def whole(self) -> Iterator[Conversation]:
+        """Conversations of which nothing is lost, those of several passes first."""
+        rows = self.rows[self.prepared.whole[self.rows]]
+        single = self.prepared.trees.num_passes[rows] < 2
+        for index in self.prepared.conversation[rows[np.argsort(single, kind="stable")]].tolist():
+            [record] = self.source.read(index, index + 1)
+            yield self.maker.conversation(record)
+
+
+class Loader:
+    """Loads datasets for one model.
+
+    Args:
+        data_args: what is wanted of them.
+        options: of the template, for `render_passes`.
+        config: of the model; it tells how long a pass may be.
+        seed: decides what is generated, held out, and taken again.
+        progress: show how far preparations are.
+        tell: called with what there is to say.
+    """
+
+    def __init__(
+        self,
+        data_args: DataArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        options: dict,
+        config: PreTrainedConfig,
+        *,
+        seed: int = 0,
+        progress: bool = True,
+        tell: Callable[[object], None] = print,
+    ):
+        self.args = data_args
+        self.seed = seed
+        self.progress = progress
+        self.tell = tell
+        self.max_length = data_args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None)
+        self._maker = partial(
+            tree_maker,
+            tokenizer,
+            max_length=self.max_length,
+            max_tokens=data_args.max_tokens,
+            overlong=data_args.overlong,
+            loss_reduction=data_args.loss_reduction,
+            **options,
+        )
+
+    def train_and_eval(self) -> tuple[list[Part], list[Part]]:
+        """The prepared datasets to train on, and those to evaluate (none, if none are asked for)."""
+        train = self._parts(self.args.train_datasets(), self.seed)
+        if not self.args.test_size:
+            return train, self._parts(self.args.eval_datasets(), self.seed + 1)
+        train, held_out = hold_out(train, self.args.test_size, self.seed)
+        self.tell(f"{sum(len(part.rows) for part in held_out):,} trees are held out for evaluation")
+        return train, held_out
+
+    def eval(self) -> list[Part]:
+        """Those to evaluate alone."""
+        return self._parts(self.args.eval_datasets(), self.seed + 1)
+
+    def rows(self, parts: Sequence[Part]) -> tuple[Trees, Rows]:
+        """Their trees mixed, and packed.
+
+        Raises:
+            ConversationError: there are none.
+        """
+        trees = mix(parts, self.seed)
+        if not len(trees):
+            raise ConversationError(
+                f"nothing is left to train on; raise max_length (now {self.max_length}) or max_tokens (now "
+                f"{self.args.max_tokens})"
+            )
+        if any(part.weight is not None for part in parts):
+            total = sum(part.weight for part in parts)
+            shares = (f"{part.source.name} {part.weight / total:.1%}" for part in parts)
+            self.tell(f"in an epoch {len(trees):,} trees: {', '.join(shares)}")
+        rows = pack(trees, self.args.max_tokens)
+        repeated = int(rows.lengths.sum() - trees.lengths.sum())
+        split = f"; {rows.split:,} larger trees were split, which repeats {repeated:,} tokens" if rows.split else ""
+        self.tell(f"{len(rows):,} rows of at most {self.args.max_tokens} tokens{split}")
+        return trees, rows
+
+    def stream(self) -> tuple[RowStream, list[TokenTree], list[Conversation]]:
+        """The datasets to train on as a stream, and the trees and whole conversations among the first records of it."""
+        datasets = self.args.train_datasets()
+        streams, trees, whole = [], [], []
+        for dataset in datasets:
+            made = TreeStream(
+                open_dataset(dataset, self.seed, streaming=True),
+                self._maker(columns=dataset.columns),
+                self.args.max_samples,
+            )
+            streams.append(made)
+            for record in islice(made.source.stream(), min(SAMPLE, self.args.max_samples or SAMPLE)):
+                tree, counted, _ = made.maker.tree(record())
+                if tree is not None:
+                    trees.append(tree)
+                    if not counted["targets_lost"]:
+                        whole.append(made.maker.conversation(record()))
+        if not trees:
+            raise ConversationError(
+                f"{', '.join(dataset.name for dataset in datasets)}: among the first {SAMPLE} records there is nothing to "
+                "train on"
+            )
+        weights = None if datasets[0].weight is None else [dataset.weight for dataset in datasets]
+        items = Interleaved(streams, weights, self.seed)
+        return RowStream(items, self.args.max_tokens, make=operator.call), trees, whole
+
+    def _parts(self, datasets: Sequence[DatasetArguments], seed: int) -> list[Part]:
+        parts = []
+        for dataset in datasets:
+            source, maker = open_dataset(dataset, seed), self._maker(columns=dataset.columns)
+            prepared = prepare(
+                source,
+                maker,
+                max_samples=self.args.max_samples,
+                cache_dir=self.args.dataset_cache_dir,
+                num_proc=self.args.dataset_num_proc,
+                progress=self.progress,
+            )
+            self.tell(f"{dataset.name}: {prepared}\nkept in {prepared.path}")
+            parts.append(Part(source, maker, prepared, np.arange(len(prepared.trees)), dataset.weight))
+        return parts
+
+
+@dataclass(frozen=True)
+class TreeStream:
+    """The records of a source, each as a function that makes its tree: who leaves a record out has no work with it."""
+
+    source: Source
+    maker: TreeMaker
+    max_samples: int | None = None
+
+    def __iter__(self) -> Iterator[Callable]:
+        return (partial(self.maker, record) for record in islice(self.source.stream(), self.max_samples))
+
+
+def hold_out(parts: Sequence[Part], test_size: float, seed: int) -> tuple[list[Part], list[Part]]:
+    """Split off conversations, drawn by the seed from all: the rest, and what was drawn, each once.
+
+    Args:
+        parts: whole datasets.
+        test_size: how many; below 1 a part of all.
+
+    Raises:
+        ConversationError: there are not so many.
+    """
+    counts = [part.prepared.conversations for part in parts]
+    drawn = max(1, round(test_size * sum(counts))) if test_size < 1 else int(test_size)
+    if drawn >= sum(counts):
+        raise ConversationError(f"test_size is {drawn}, but there are only {sum(counts):,} conversations")
+    is_drawn = np.zeros(sum(counts), bool)
+    is_drawn[np.random.default_rng(seed).permutation(len(is_drawn))[:drawn]] = True
+    rest, held_out = [], []
+    for part, mask in zip(parts, np.split(is_drawn, np.cumsum(counts)[:-1])):
+        mask = mask[part.prepared.conversation[part.rows]]
+        rest.append(replace(part, rows=part.rows[~mask]))
+        held_out.append(replace(part, rows=part.rows[mask], weight=None))
+    return rest, held_out
+
+
+def mix(parts: Sequence[Part], seed: int) -> Trees:
+    """The trees of an epoch. Without weights each comes once. With weights, the numbers of trees are in their proportion, and
+    as small as they can be with each tree in it at least once: those of a part that has too few come several times, the last
+    time some of them, drawn by the seed."""
+    sizes = np.array([len(part.rows) for part in parts])
+    trees = reduce(operator.add, (part.trees for part in parts))
+    if parts[0].weight is None:
+        return trees
+    weights = np.array([part.weight for part in parts])
+    wanted = np.rint(weights * (sizes / weights).max()).astype(int)
+    rng, taken = np.random.default_rng(seed), []
+    for size, start, count in zip(sizes, np.cumsum(sizes) - sizes, wanted):
+        times, some = divmod(count, size) if size else (0, 0)
+        drawn = np.sort(rng.permutation(size)[:some])
+        taken += [start + np.arange(size)] * times + [start + drawn]
+    return trees.take(np.concatenate(taken))

@@ -269,7 +269,8 @@ class _Renderer:
         """Of the completion of a turn what comes before the first visible piece, and the rest."""
         message, template, prompt = self._messages[turn.index], turn.template, turn.prompt
         at = visible_at(answered)
-        if template.shown_lead(prompt, answered, message) is not None:
+        shown = template.shown_lead(prompt, answered, message)
+        if shown is not None and (turn.index > 0 or self._is_usual(turn, shown)):
             return unmarked(answered[len(prompt) : at]), unmarked(answered[at:])
         if not (turn.kind.content or turn.kind.calls) and answered.startswith(prompt):
             return unmarked(answered[len(prompt) :]), ""
@@ -284,6 +285,11 @@ class _Renderer:
         except ConversationError as error:
             raise self._error(turn.index, str(error)) from error
         return lead.before + reasoning_of(message).strip() + lead.after, unmarked(answered[at:])
+
+    def _is_usual(self, turn: _Turn, shown: tuple[str, str]) -> bool:
+        """Whether a first message is led in as any other: a template may begin a conversation without its usual prompt."""
+        lead = turn.template.lead(turn.kind)
+        return shown == (lead.before, lead.after)
 
     def _apply(self, template: Template, conversations, turns: Sequence[_Turn], *, generate: bool = False) -> list[str]:
         try:
@@ -313,7 +319,10 @@ class _Renderer:
         if not self._tools:
             return
         context = [turn.template.as_taken(message) for message in self._messages[: turn.index]]
-        [without] = turn.template.render([context], generate=True)
+        try:
+            [without] = turn.template.render([context], generate=True)
+        except Exception:  # a template that cannot do without tools renders them
+            return
         for tool in self._tools:
             name = tool["function"]["name"]
             if turn.prompt.count(name) <= without.count(name):
@@ -326,38 +335,42 @@ class _Renderer:
 
     def _check_context(self, turn: _Turn) -> None:
         """Every text before the last turn is in its prompt, as often as the messages hold it."""
-        context = self._messages[: turn.index]
-        texts = [text_of(message).strip() for message in context]
-        for i, text in enumerate(texts):
-            if not text or "</think>" in text:
-                continue
-            expected = sum(other.count(text) for other in texts)
-            if turn.prompt.count(text) >= expected or _as_json(text, turn.prompt):
-                continue
-            if context[i].get("tool_calls"):
-                continue  # content beside calls is reasoning to some templates (gpt-oss), and goes as reasoning does
-            if context[i]["role"] == "assistant" and text not in turn.prompt:
+        pieces = {}  # message -> texts that must be there
+        for i, message in enumerate(self._messages[: turn.index]):
+            # Content beside calls is reasoning to some templates (gpt-oss), and goes as reasoning goes.
+            if not message.get("tool_calls") and "</think>" not in text_of(message):
+                pieces[i] = _pieces(message)
+        for i, texts in pieces.items():
+            for text in texts:
+                expected = sum(other.count(text) for others in pieces.values() for other in others)
+                if turn.prompt.count(text) >= expected or _written_otherwise(text, turn.prompt):
+                    continue
+                if text in turn.prompt and self._messages[i]["role"] == "assistant":
+                    continue
                 raise self._error(
-                    i, f"the chat template does not render its content as it is; content starts {text[:60]!r}"
+                    i,
+                    f"the chat template does not render it (or not as it is) in the prompt of {self._names[turn.index]}; it "
+                    f"starts {text[:40]!r}; leave it out, move it, or pass a chat_template=… that renders it",
                 )
-            raise self._error(
-                i,
-                "the chat template does not render it (or not as it is) in the prompt of "
-                f"{self._names[turn.index]}; leave it out, move it, or pass a chat_template=… that renders it",
-            )
 
     def _check_completion(self, turn: _Turn) -> None:
-        """Reasoning, content and calls of a message stand in its completion, one after the other."""
+        """Reasoning, content and calls of a message stand in its completion, one after the other, and one end of turn."""
         message, rest = self._messages[turn.index], turn.completion
-        for text in (reasoning_of(message).strip(), text_of(message).strip()):
+        for text in (reasoning_of(message).strip(), *_pieces(message)):
             if text not in rest:
                 raise self._not_rendered(turn, turn.completion)
             rest = rest.replace(text, "", 1) if text else rest
+        end = next((token for token in turn.template.closing_tokens if rest.endswith(token)), None)
+        if end and rest.count(end) > 1:
+            raise self._error(
+                turn.index,
+                f"the chat template writes it as several turns ({end!r} stands inside); split the message, or pass a "
+                "chat_template=… that writes it as one",
+            )
         for call in message.get("tool_calls", ()):
             name = call["function"]["name"]
-            pieces = [name, *_leaves(call["function"]["arguments"])]
-            for piece in pieces:
-                if piece not in rest and not _as_json(piece, rest):
+            for piece in (name, *_leaves(call["function"]["arguments"])):
+                if piece not in rest and not _written_otherwise(piece, rest):
                     raise self._error(
                         turn.index,
                         f"the chat template does not render its call of the tool {name!r}"
@@ -365,6 +378,12 @@ class _Renderer:
                         + "; pass a chat_template=… that supports tools (--chat_template_path on the command line)",
                     )
             rest = rest.replace(name, "", 1)
+        if turn.kind.content and turn.kind.calls and turn.template.splits_calls_from_content:
+            raise self._error(
+                turn.index,
+                "the chat template writes its content and its calls in another order once their answers follow, so what "
+                "the model should generate is not known; move the content to a message of its own, or leave it out",
+            )
 
     def _not_rendered(self, turn: _Turn, rendered: str) -> ConversationError:
         message = self._messages[turn.index]
@@ -429,9 +448,17 @@ def _leaves(value) -> list[str]:
     return [value.strip() if isinstance(value, str) else json.dumps(value)]
 
 
-def _as_json(text: str, rendered: str) -> bool:
-    """Whether a text was rendered as JSON text."""
-    return any(json.dumps(text, ensure_ascii=ascii)[1:-1] in rendered for ascii in (False, True))
+def _pieces(message: Mapping) -> list[str]:
+    """The texts of a message's content: one, or those of its parts."""
+    content = message["content"]
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    return [text.strip() for text in texts if text.strip()]
+
+
+def _written_otherwise(text: str, rendered: str) -> bool:
+    """Whether a text was rendered as JSON or Python writes it."""
+    forms = {form[1:-1] for form in (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))}
+    return any(form in rendered for form in forms - {text})
 
 
 @functools.lru_cache(maxsize=8)

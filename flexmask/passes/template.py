@@ -7,6 +7,7 @@ texts, and never by its name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -240,43 +241,39 @@ class Template:
         return found
 
     def _find_lead(self, kind: Kind) -> Lead:
-        context, message = _probe(kind)
-        prompt = self._probed(context, self._probe_tools(kind), generate=True)
-        answered = self._probed([*context, marked(message)], self._probe_tools(kind))
-        if prompt is None or answered is None:
-            raise ConversationError("the chat template failed on a short conversation of this kind")
-        prompt_end = prompt[prompt.rfind(text_of(context[-1])) + len(text_of(context[-1])) :]
+        prompt, answered, message = self._probe_ends(kind)
         lead = self.shown_lead(prompt, answered, message)
         if lead is not None:
-            return Lead(*lead, prompt_end, self.thinks("".join(lead)))
+            return Lead(*lead, prompt, self.thinks("".join(lead)))
         begin = self.opened(prompt)
         same = len(prompt) - len(begin) if begin else len(common_start(prompt, answered))
-        at = max(visible_at(answered), 0)
-        stub = answered[same:at] if answered.startswith(prompt[:same]) else ""
+        stub = answered[same : max(visible_at(answered), 0)] if answered.startswith(prompt[:same]) else ""
         shown = _after_reasoning(answered, message)
         if shown is not None and not begin:
             raise self.mismatch(prompt, answered)
         if self._format and (kind.reasoning or begin):
             before, after = self._format.split("{reasoning}")
             before = "" if prompt.endswith(before) else before
-            return Lead(before if kind.reasoning else "", after, prompt_end, True)
+            return Lead(before if kind.reasoning else "", after, prompt, True)
         if begin:
-            after = self._end_of_thought(kind, begin, stub) if shown is None else shown
-            return Lead("", after, prompt_end, True)
+            return Lead("", self._end_of_thought(kind, begin, stub) if shown is None else shown, prompt, True)
         rest = prompt[same:]
         if rest.strip() and kind.reasoning:
             raise self.mismatch(prompt, answered)
-        if rest.strip() and not self._is_closed(rest):
-            if kind.follows == "user":
-                raise self.mismatch(prompt, answered)
+        if rest.strip() and not self._is_closed(rest, stub):
             # History writes the message in another way (DeepSeek-V3 runs the calls of a loop together). A model begins its
             # turn as it does after a user.
-            return Lead(self._stub_after_user(kind), "", prompt_end, False)
+            return Lead(self._stub_after_user(kind, prompt, answered), "", prompt, False)
         if not kind.reasoning:
-            return Lead(stub, "", prompt_end, self.thinks(stub))
+            if self.thinks(rest):  # the prompt has ended the thought already
+                stub = stub[max((stub.index(end) + len(end) for end in self._ends if end in stub), default=0) :]
+            return Lead(stub, "", prompt, self.thinks(stub))
         empty = _EMPTY_THOUGHT.search(stub)
         if empty:
-            return Lead(stub[: empty.end("open")], stub[empty.start("close") :], prompt_end, True)
+            return Lead(stub[: empty.end("open")], stub[empty.start("close") :], prompt, True)
+        thought = self._thought_before_calls(kind, prompt)
+        if thought:
+            return Lead(thought[0], thought[1] + stub, prompt, True)
         switched_on = self._shown_with_other_arguments(kind)
         raise ConversationError(
             f"the chat template drops its reasoning, which it renders with {switched_on}: pass that"
@@ -286,16 +283,54 @@ class Template:
             "the reasoning of the last message"
         )
 
-    def _stub_after_user(self, kind: Kind) -> str:
-        """What stands before the first visible piece of a message that follows a user, without what the prompt begins."""
-        context, message = _probe(replace(kind, follows="user"))
-        tools = self._probe_tools(kind)
+    def _probe_ends(self, kind: Kind) -> tuple[str, str, dict]:
+        """What follows the last text of the context in the prompt and in the answer of a probe; and its message."""
+        context, message = _probe(kind)
+        tools, last = self._probe_tools(kind), text_of(context[-1])
         prompt = self._probed(context, tools, generate=True)
         answered = self._probed([*context, marked(message)], tools)
-        header = prompt.removesuffix(self.opened(prompt)) if prompt else None
-        if not (header and answered and answered.startswith(header) and visible_at(answered) >= len(header)):
-            raise self.mismatch(prompt or "", answered or "")
-        return answered[len(header) : visible_at(answered)]
+        if not (prompt and answered and last in prompt and last in answered):
+            raise ConversationError("the chat template cannot render a short conversation of this kind")
+        prompt, answered = (text[text.rfind(last) + len(last) :] for text in (prompt, answered))
+        if kind.follows == "assistant" and not prompt.strip():
+            raise ConversationError(
+                "the chat template writes no generation prompt after a message of the assistant; join the two messages, or "
+                'mark this one "train": false'
+            )
+        return prompt, answered, message
+
+    def _stub_after_user(self, kind: Kind, prompt: str, answered: str) -> str:
+        """What stands before the first visible piece of a message that follows a user, without what the prompt begins."""
+        if kind.follows != "user":
+            with contextlib.suppress(ConversationError):
+                header, whole, _ = self._probe_ends(replace(kind, follows="user"))
+                header = header.removesuffix(self.opened(header))
+                if whole.startswith(header) and visible_at(whole) >= len(header):
+                    return whole[len(header) : visible_at(whole)]
+        raise self.mismatch(prompt, answered)
+
+    def _thought_before_calls(self, kind: Kind, prompt: str) -> tuple[str, str] | None:
+        """Before and after a thought, from messages with calls, where only those show it (Gemma 4, Command R7B)."""
+        if kind.calls:
+            return None
+        with contextlib.suppress(ConversationError):
+            thinking, plain = (self.lead(Kind(kind.follows, reasoning, False, True)) for reasoning in (True, False))
+            if thinking.prompt_end == prompt and not plain.thinks and thinking.after.endswith(plain.before):
+                return thinking.before, thinking.after.removesuffix(plain.before)
+        return None
+
+    @functools.cached_property
+    def splits_calls_from_content(self) -> bool:
+        """Whether a message with content and calls is written otherwise once their answers follow."""
+        context, message = _probe(Kind("user", False, True, True))
+        answered = self._probed([*context, message], [_TOOL])
+        result = {"role": "tool", "content": _NEXT, "name": _NAME, "tool_call_id": _call()["id"]}
+        continued = self._probed([*context, message, result], [_TOOL])
+        if not answered or not continued:
+            return False
+        places = sorted((answered.rfind(piece), len(piece)) for piece in (_ANSWER, _VALUE))
+        between = answered[places[0][0] : places[1][0] + places[1][1]]
+        return places[0][0] >= 0 and between not in continued
 
     def shown_lead(self, prompt: str, answered: str, message: Mapping) -> tuple[str, str] | None:
         """Before and after the reasoning of a marked message, where the template itself continues the prompt with it."""
@@ -333,8 +368,9 @@ class Template:
         for kind in (Kind("user", True, True, False), Kind("user", True, False, True)):
             for shown, after in self._renderings_with_reasoning(kind):
                 head = shown[: shown.index(REASONING_MARK) - 1][-60:]
-                begins, end = list(_TAG.finditer(head)), _TAG.search(after)
-                begin = head[begins[-1].start() :].strip() if begins else ""
+                begins, end = [head[tag.start() :].strip() for tag in _TAG.finditer(head)], _TAG.search(after)
+                named = [begin for begin in begins if re.search("think|thought|reason", begin, re.IGNORECASE)]
+                begin = (named or begins or [""])[-1]
                 if end and begin and (begin, end[0]) not in found:
                     found.append((begin, end[0]))
         return found
@@ -377,9 +413,12 @@ class Template:
         end = begin.strip().replace(plain["begin"], plain["begin"] + "/", 1)
         return f"{space}{end}{space * 2}{stub.removeprefix(begin)}"
 
-    def _is_closed(self, rest: str) -> bool:
-        """Whether what only the prompt has (an empty block, say) leaves no thought open."""
-        return self.thinks(rest) or len(_TAG.findall(rest)) > 1
+    def _is_closed(self, rest: str, stub: str) -> bool:
+        """Whether what only the prompt has leaves no thought open: an empty block, and nothing that the answer has too."""
+        if self.thinks(rest):
+            return True
+        tags = _TAG.findall(rest)
+        return len(tags) > 1 and not set(tags) & set(_TAG.findall(stub))
 
     def _shown_with_other_arguments(self, kind: Kind) -> str:
         context, message = _probe(kind)
@@ -407,15 +446,17 @@ class Template:
 
     def finished(self, text: str, calls: bool, end_of_turn: str | None) -> str | None:
         """A completion that ends with the token that ends the turn, and with nothing after it. None: it is not known."""
-        text = text.removesuffix(self._trailer)
+        trailer = self._trailer
+        text = text.removesuffix(trailer)
         short = text.rstrip()
-        if short.endswith(self._closing_tokens):
+        if short.endswith(self.closing_tokens):
             return short
-        token = end_of_turn or self._end_tokens[calls] or self.tokenizer.eos_token
+        end = self._first_token(trailer) if trailer.startswith(self.closing_tokens) else None
+        token = end_of_turn or end or self._end_tokens[calls] or self.tokenizer.eos_token
         return text + token if token else None
 
     @functools.cached_property
-    def _closing_tokens(self) -> tuple[str, ...]:
+    def closing_tokens(self) -> tuple[str, ...]:
         """Control tokens that can end a turn: not those that only close an element (</tool_call>)."""
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         tokens = dict.fromkeys([*added, *self.tokenizer.all_special_tokens])
@@ -443,15 +484,17 @@ class Template:
         if self._after is None:
             return ""
         closed, prompt, answered, continued = self._after
+        same, eos = common_start(answered, continued), self.tokenizer.eos_token
+        if eos and eos in same:
+            return answered[same.index(eos) + len(eos) :]
         if closed == prompt:
             trailer = common_start(closed[::-1], answered[::-1], _TAG_REVERSED)[::-1]
         else:
             trailer = closed[len(common_start(closed, prompt)) :]
             trailer = trailer if answered.endswith(trailer) else ""
-        if any(token in trailer for token in self._closing_tokens):
+        if any(token in trailer for token in self.closing_tokens):
             return trailer
-        same = common_start(answered, continued)
-        if same.rstrip().endswith(self._closing_tokens):
+        if same.rstrip().endswith(self.closing_tokens):
             return answered[len(same) :] if answered[len(same) :].strip() else ""
         return ""
 
@@ -477,7 +520,7 @@ class Template:
         return plain, calls
 
     def _first_token(self, text: str) -> str | None:
-        return min((token for token in self._closing_tokens if token in text), key=text.index, default=None)
+        return min((token for token in self.closing_tokens if token in text), key=text.index, default=None)
 
 
 _kept: dict[tuple, Template] = {}

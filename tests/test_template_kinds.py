@@ -1,0 +1,290 @@
+"""Kinds of templates, each in its smallest form: what is trained on them, and what is refused.
+
+Each stands for public templates that are named with it; what is right was found by reading them.
+"""
+
+import copy
+from collections import Counter
+
+import numpy as np
+import pytest
+from templates import TOOLS, answer, call, tokenizer, user
+
+from flexmask import ConversationError, TokenTree, render_passes
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HEAD = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "{% if m.role in ('system', 'user', 'tool') %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content }}{% for c in m.tool_calls or [] %}<call>"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</call>{% endfor %}<|im_end|>\n'
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def turns(template, messages, **options):
+    """[(prompt, completion)] as text."""
+    tok = copy.deepcopy(tokenizer("qwen3"))
+    tok.chat_template = template
+    texts = []
+    for p in render_passes(messages, tok, **options):
+        at = int(np.argmax(p.loss_mask))
+        texts.append((tok.decode(p.input_ids[:at]), tok.decode(p.input_ids[at:])))
+    return texts
+
+
+def completions(template, messages, **options):
+    return [completion for _, completion in turns(template, messages, **options)]
+
+
+# Thoughts.
+
+
+@pytest.mark.parametrize("shows_reasoning", ["true", "false"])
+def test_a_prompt_that_opens_a_thought_and_a_history_that_has_only_its_end(shows_reasoning):
+    """GLM-4.7, DeepSeek-V3.1: the closing tag was written twice."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% else %}<a>{% if m.reasoning_content and SHOWN %}"
+        "<think>{{ m.reasoning_content }}</think>{% else %}</think>{% endif %}{{ m.content }}<|im_end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<a><think>{% endif %}"
+    ).replace("SHOWN", shows_reasoning)
+    found = turns(template, [user("Q"), answer("A"), user("Q2"), answer("B", "R")])
+    assert [c for _, c in found] == ["</think>A<|im_end|>", "R</think>B<|im_end|>"]
+    assert found[1][0] == "<u>Q<a></think>A<|im_end|><u>Q2<a><think>"
+
+
+def test_an_answer_is_never_inside_an_open_thought():
+    """Nemotron-Nano-v2: the last answer repeats the tag that the prompt opened."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    assert completions(template, [user("Q"), answer("A", "R")]) == ["R\n</think>\n\nA<|im_end|>"]
+    assert completions(template, [user("Q"), answer("A")]) == ["\n</think>\n\nA<|im_end|>"]
+
+
+def test_the_space_after_a_thought_is_what_the_template_shows_elsewhere():
+    """Nemotron 3, Bielik: one newline, where two were guessed."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n"
+        "</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    found = completions(template, [user("Q"), answer("A", "R"), user("Q2"), answer("B")])
+    assert found == ["R\n</think>\nA<|im_end|>", "\n</think>\nB<|im_end|>"]
+
+
+def test_a_stub_that_only_the_prompt_has():
+    """Gemma 4, Command R7B, QwQ without thinking: the empty block is in the prompt, and in no history."""
+    stub = "<|channel>thought\n<channel|>"
+    template = CHATML.replace("<|im_start|>assistant\n{% endif %}", f"<|im_start|>assistant\n{stub}{{% endif %}}")
+    assert turns(template, [user("Q"), answer("A")]) == [(HEAD + stub, "A<|im_end|>")]
+    with pytest.raises(ConversationError, match=r"message 1 \(assistant\): .*does not continue its own prompt"):
+        turns(template, [user("Q"), answer("A", "R")])
+
+
+def test_calls_behind_a_thought_that_the_template_never_shows():
+    """DeepSeek-R1 distills: what stands before the name of a call was lost."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<call>"
+        "{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    expected = 'R\n</think>\n\n<call>add {"a": 1, "b": 2}</call><|im_end|>'
+    assert completions(template, [user("Q"), call(1, 2, "R")]) == [expected]
+
+
+SWITCH = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
+    "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if NAME is defined and not NAME %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+MIXED = [user("Q"), answer("A", "R"), user("Q2"), answer("B")]
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("switch", ["enable_thinking", "thinking"])
+def test_turns_without_reasoning(switch):
+    """Qwen3, SmolLM3, Granite: of a conversation that has both kinds of turns."""
+    template = SWITCH.replace("NAME", switch)
+    thought = "<think>\nR\n</think>\n\nA<|im_end|>"
+    counts = Counter()
+    found = turns(template, MIXED, counts=counts)
+    assert [c for _, c in found] == [thought, "B<|im_end|>"] and found[1][0].endswith(EMPTY)
+    assert not found[0][0].endswith(EMPTY) and counts == {"empty thoughts in the prompt": 1}
+    counts = Counter()
+    assert completions(template, MIXED, empty_reasoning="keep", counts=counts) == [thought, EMPTY + "B<|im_end|>"]
+    assert counts == {"empty thoughts trained": 1}
+    counts = Counter()
+    assert completions(template, MIXED, empty_reasoning="drop", counts=counts) == [thought]
+    assert counts == {"empty thoughts: messages not trained": 1}
+    with pytest.raises(ConversationError, match=r"message 3 \(assistant\): has no reasoning, and .* an empty thought"):
+        turns(template, MIXED, empty_reasoning="error")
+    with pytest.raises(ConversationError, match="all its messages have empty thoughts"):
+        turns(template, MIXED[2:], empty_reasoning="drop")
+
+
+def test_without_a_switch_the_empty_thought_is_trained_and_counted():
+    counts = Counter()
+    found = completions(SWITCH.replace("NAME", "quiet"), MIXED, counts=counts)
+    assert found[1] == EMPTY + "B<|im_end|>" and counts == {"empty thoughts trained": 1}
+
+
+def test_the_errors_of_a_prompt_without_thinking_name_the_arguments_of_the_template():
+    template = CHATML.replace(
+        "<|im_start|>assistant\n{% endif %}",
+        "<|im_start|>assistant\n{% if thinking_mode != 'on' %}</think>{% endif %}{{ reasoning_effort }}{% endif %}",
+    )
+    with pytest.raises(ConversationError, match=r"pass template arguments \(reasoning_effort=…, thinking_mode=…\)"):
+        turns(template, [user("Q"), answer("A", "R")])
+    off = SWITCH.replace("NAME is defined and not NAME", "not thinking").replace(
+        "m.role == 'assistant' and", "m.role == 'assistant' and thinking and"
+    )
+    with pytest.raises(ConversationError, match=r"thinking=(…|True)"):
+        turns(off, [user("Q"), answer("A", "R")])
+    assert completions(off, [user("Q"), answer("A", "R")], thinking=True) == ["<think>\nR\n</think>\n\nA<|im_end|>"]
+
+
+# What stands behind a message.
+
+
+def test_a_generation_prompt_that_is_always_there_is_not_trained():
+    """Command R7B: the template's tail was trained."""
+    template = CHATML.partition("{% if add")[0] + "{{ '<|im_start|>assistant\n' }}"
+    messages = [user("Q"), answer("A"), user("Q2"), answer("B")]
+    assert completions(template, messages) == ["A<|im_end|>", "B<|im_end|>"]
+
+
+def test_two_ends_behind_the_last_message():
+    """Apriel 1.5: a second token closes the text where nothing follows."""
+    template = CHATML.replace(
+        "<|im_end|>\n{% endfor",
+        "\n<|im_end|>\n{% if loop.last and not add_generation_prompt %}<|endoftext|>{% endif %}{% endfor",
+    )
+    assert completions(template, [user("Q"), answer("A")]) == ["A\n<|im_end|>"]
+
+
+# Calls and tools.
+
+
+def test_arguments_as_json_text_are_those_of_the_object():
+    as_text = call(1, 2)
+    as_text["tool_calls"][0]["function"]["arguments"] = '{"a":1,"b":2}'
+    for template in (WITH_TOOLS, WITH_TOOLS.replace("c.function.arguments | tojson", "c.function.arguments + ''")):
+        [one], [other] = (completions(template, [user("Q"), message], tools=TOOLS) for message in (call(1, 2), as_text))
+        assert one == other == '<call>{"name": "add", "arguments": {"a": 1, "b": 2}}</call><|im_end|>'
+
+
+def test_names_that_stand_in_other_texts_do_not_hide_what_is_dropped():
+    with pytest.raises(ConversationError, match="does not render the tool 'add'"):
+        turns(CHATML, [user("Please add 2 and 2"), answer("4")], tools=TOOLS)
+    call_beside_text = answer("I add them.", tool_calls=call(2, 2)["tool_calls"])
+    with pytest.raises(ConversationError, match=r"message 1 .*does not render its call of the tool 'add'"):
+        turns(CHATML, [user("2 + 2?"), call_beside_text])
+
+
+def test_arguments_that_are_dropped():
+    template = WITH_TOOLS.replace("{{ c.function.arguments | tojson }}", "{}")
+    with pytest.raises(ConversationError, match=r"its call of the tool 'add' as it is \('count' is missing\)"):
+        turns(template, [user("Q"), answer("", tool_calls=[{"name": "add", "arguments": {"count": 2}}])])
+
+
+def test_tools_under_another_argument():
+    """SmolLM3's xml_tools: the error names it, and it works."""
+    template = WITH_TOOLS.replace("tools", "xml_tools")
+    with pytest.raises(
+        ConversationError, match=r"does not render the tool 'add'.*pass them as it takes them \(xml_tools=…\)"
+    ):
+        turns(template, [user("Q"), answer("A")], tools=TOOLS)
+    assert "Add two numbers" in turns(template, [user("Q"), answer("A")], xml_tools=TOOLS)[0][0]
+
+
+def test_a_call_in_a_loop_that_history_writes_in_another_way():
+    """DeepSeek-V3 runs the calls of a loop together, so that the second one does not begin as a model begins it."""
+    template = (
+        "{% set ns = namespace(first=true) %}{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}<a>"
+        "{% elif m.role == 'tool' %}<out>{{ m.content }}{% elif m.tool_calls %}{% if ns.first %}<calls>{% endif %}"
+        "{% set ns.first = false %}<c>{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}"
+        "<|im_end|>{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if messages[-1].role == 'tool' and add_generation_prompt %}</out>{% endif %}"
+    )
+    result = {"role": "tool", "content": "3"}
+    found = completions(template, [user("Q"), call(1, 2), result, call(3, 3), result, answer("6")])
+    assert found[:2] == [f'<calls><c>add{{"a": {a}, "b": {b}}}<|im_end|>' for a, b in ((1, 2), (3, 3))]
+
+
+# Forms of content, and roles.
+
+
+def test_templates_that_take_parts():
+    template = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}|{% endfor %}")
+    parts = [{"type": "text", "text": text} for text in ("Q1", "Q2")]
+    assert turns(template, [user("Q"), answer("A")])[0][0] == HEAD.replace("Q", "Q|")
+    assert turns(template, [{"role": "user", "content": parts}, answer("A")])[0][0] == HEAD.replace("Q", "Q1|Q2|")
+    assert turns(CHATML, [{"role": "user", "content": parts}, answer("A")])[0][0] == HEAD.replace("Q", "Q1Q2")
+
+
+def test_developer_messages():
+    """84 of 227 public templates drop them; to the API they are system messages."""
+    developer = {"role": "developer", "content": "Be brief."}
+    [(prompt, _)] = turns(WITH_TOOLS, [developer, user("Q"), answer("A")])
+    assert prompt.startswith("<|im_start|>system\nBe brief.")
+    [(prompt, _)] = turns(CHATML, [developer, user("Q"), answer("A")])
+    assert prompt.startswith("<|im_start|>developer\nBe brief.")
+
+
+@pytest.mark.parametrize("text", ["Be brief.", "Q"])
+def test_a_message_that_is_dropped_is_an_error(text):
+    """Also where the same text stands in another message."""
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    with pytest.raises(ConversationError, match=r"message 1 \(system\): the chat template does not render it"):
+        turns(template, [user("Q"), {"role": "system", "content": text}, user("Now?"), answer("A")])
+
+
+def test_an_assistant_that_speaks_first():
+    assert completions(CHATML, [answer("Hello."), user("Q"), answer("A")]) == ["Hello.<|im_end|>", "A<|im_end|>"]
+    template = "{% if messages[0].role == 'system' %}{% endif %}" + CHATML
+    with pytest.raises(
+        ConversationError, match=r'message 0 \(assistant\): has nothing before it.*mark it "train": false'
+    ):
+        turns(template, [answer("Hello."), user("Q"), answer("A")])
+    assert completions(template, [answer("Hello.", train=False), user("Q"), answer("A")]) == ["A<|im_end|>"]
+
+
+def test_a_message_with_nothing_in_it():
+    with pytest.raises(ConversationError, match=r"message 1 \(assistant\): has nothing to train"):
+        turns(CHATML, [user("Q"), answer("")])
+
+
+# What is trained of a conversation, and how much.
+
+
+def test_the_last_message_only():
+    assert completions(SWITCH.replace("NAME", "enable_thinking"), MIXED, train_on="last") == ["B<|im_end|>"]
+    with pytest.raises(ConversationError, match="train_on is 'first', expected one of all, last"):
+        turns(CHATML, MIXED, train_on="first")
+
+
+def test_reasoning_has_a_weight_of_its_own():
+    """Everything before the answer, tags included; as an option or of a message."""
+    tok = tokenizer("qwen3")
+    [p] = render_passes([user("Q"), answer("A", "Thinking.")], tok, reasoning_weight=0.5)
+    weighed = [tok.decode(p.input_ids[p.loss_mask & (p.token_weight == weight)]) for weight in (0.5, 1)]
+    assert weighed == ["<think>\nThinking.\n</think>\n\n", "A<|im_end|>"]
+    messages = [user("Q"), answer("A", "Thinking.", reasoning_weight=0, weight=2)]
+    tree = TokenTree.from_passes(render_passes(messages, tok, reasoning_weight=0.5))
+    weights = dict(zip(map(tok.decode, tree.target_ids.tolist()), tree.target_weight.tolist()))
+    assert weights["</think>"] == 0 and weights["A"] == weights["<|im_end|>"] == 2
+    assert render_passes([user("Q"), answer("A", "R")], tok)[0].token_weight is None
+
+
+def test_keys_of_messages_that_nobody_reads_are_counted():
+    counts = Counter()
+    messages = [user("Q") | {"name": "Ada", "cost": 3}, answer("A", finish_reason="stop")]
+    turns(CHATML + "{# #}{% set x = messages[0].name %}", messages, counts=counts)
+    assert counts == {f"messages with a key {key!r} that nobody reads": 1 for key in ("cost", "finish_reason")}

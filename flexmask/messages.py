@@ -30,26 +30,34 @@ WEIGHTS = ("weight", "reasoning_weight")
 _TOOLS = ("tools", "functions", "tool_defs")
 _SYSTEM = ("system", "system_prompt")
 _READ = {"messages", "conversations", "prompt", "completion", "chat_template_kwargs", *_TOOLS, *_SYSTEM}
-# Keys to which others give a meaning that would be lost here. Of a record, then of a message.
+# Keys to which others give a meaning that would be lost here, and which values mean something. Of a record, then of a message.
+_MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio", "objects")
+
+
+def _is_given(value) -> bool:
+    return value not in (False, "", [], {})
+
+
 _MEANT = {
+    **dict.fromkeys(_MEDIA, (_is_given, "is for models of other media")),
+    **dict.fromkeys(("label", "kto_tag"), (lambda value: isinstance(value, bool), "is for preference training")),
+    "rejected_response": (_is_given, "is for preference training"),
     **dict.fromkeys(
-        ("image", "images", "video", "videos", "audio", "audios", "objects"), "is for models of other media"
+        ("weight", "loss_weight", "sample_weight"),
+        (lambda value: value != 1, "weighs a whole record; give its messages a weight"),
     ),
-    **dict.fromkeys(("label", "kto_tag", "rejected_response"), "is for preference training"),
-    **dict.fromkeys(("weight", "loss_weight", "sample_weight"), "weighs a whole record; give its messages a weight"),
-    **dict.fromkeys(("train", "loss", "training", "loss_mask"), 'is read on messages only ("train": false)'),
+    **dict.fromkeys(TRAIN_FLAGS, (lambda value: value is False, 'is read on messages only ("train": false)')),
+    "loss_mask": (_is_given, 'is read on messages only ("train": false)'),
 }
 _MEANT_IN_MESSAGE = {
+    **dict.fromkeys(_MEDIA, (_is_given, "is for models of other media")),
     **dict.fromkeys(
-        ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio"),
-        "is for models of other media",
+        ("training_detail", "train_detail", "loss_mask"),
+        (_is_given, "trains parts of a message, which is not supported"),
     ),
-    **dict.fromkeys(
-        ("training_detail", "train_detail", "loss_mask"), "trains parts of a message, which is not supported"
-    ),
-    "loss_scale": "is read as weight; rename it",
-    "prefix": "continues a message, which is not supported",
-    "refusal": "stands in for the content; move it there, or leave the message out",
+    "loss_scale": (lambda value: value != 1, "is read as weight; rename it"),
+    "prefix": (_is_given, "continues a message, which is not supported"),
+    "refusal": (_is_given, "stands in for the content; move it there, or leave the message out"),
 }
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
 _THINK = re.compile(r"</?think>")
@@ -120,8 +128,8 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
         raise ConversationError(NOTHING_TO_TRAIN)
     ignored = []
     for key in record.keys() - _READ:
-        if key in _MEANT and record[key] not in ("", [], {}):
-            raise ConversationError(f"has a key {key!r}, which {_MEANT[key]}; remove it from the record")
+        if key in _MEANT and _MEANT[key][0](record[key]):
+            raise ConversationError(f"has a key {key!r}, which {_MEANT[key][1]}; remove it from the record")
         ignored.append(str(key))
     if "messages" in record or "conversations" in record:
         ignored += [
@@ -274,8 +282,8 @@ def _message(message, name: str) -> dict:
     if role is None:
         raise ConversationError(f"{name}: role is {written!r}, expected one of {', '.join(ROLES)}")
     where = f"{name} ({role})"
-    for key, why in _MEANT_IN_MESSAGE.items():
-        if message.get(key) not in (None, False, "", [], {}):
+    for key, (is_meant, why) in _MEANT_IN_MESSAGE.items():
+        if key in message and is_meant(message[key]):
             raise ConversationError(f"{where}: has a key {key!r}, which {why}")
     if written == "function_call":
         message["function_call"] = _parsed(message.pop("content", None), f"{where}: value", object, "a call")

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from transformers.utils import get_json_schema
 
 from ..messages import (
     NOTHING_TO_TRAIN,
@@ -114,7 +115,7 @@ def render_passes(
     conversation = Conversation(messages=read_messages(messages))
     conversation.names = [f"message {i} ({m['role']})" for i, m in enumerate(conversation["messages"])]
     if tools:
-        conversation["tools"] = read_tools(tools)
+        conversation["tools"] = read_tools([get_json_schema(tool) if callable(tool) else tool for tool in tools])
     options = _Options(chat_template, reasoning_format, end_of_turn, train_on, empty_reasoning, reasoning_weight)
     return _Renderer(
         conversation, tokenizer, options, template_kwargs, Counter() if counts is None else counts

@@ -154,7 +154,7 @@ class RowStream(IterableDataset):
     def __iter__(self) -> Iterator[TokenTree]:
         worker = get_worker_info()
         worker, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        share = islice(self.items, self._rank * workers + worker, None, self._ranks * workers)
+        share = islice(self.items, self._rank + self._ranks * worker, None, self._ranks * workers)
         pending: list[TokenTree] = []
         for tree in self._trees(share, worker):
             pending.append(tree)

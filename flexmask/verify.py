@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -154,7 +154,11 @@ def verify(
         raise TypeError(f"verify: got a {type(model).__name__}, expected a Hugging Face model")
     check_config(inner.config)
     collator = OnePassCollator(tokenizer)
-    passes = [render_conversation(conversation, tokenizer, **template_options) for conversation in conversations]
+    # Weights change no loss of a token, and the model's own mean knows none.
+    passes = [
+        [replace(p, weight=1.0, token_weight=None) for p in render_conversation(c, tokenizer, **template_options)]
+        for c in conversations
+    ]
     trees = [TokenTree.from_passes(p) for p in passes]
     units = [(i,) for i in range(len(trees))]
     if len(trees) > 1:  # what packing does must be right too

@@ -271,7 +271,8 @@ class _Renderer:
         message, template, prompt = self._messages[turn.index], turn.template, turn.prompt
         at = visible_at(answered)
         shown = template.shown_lead(prompt, answered, message)
-        if shown is not None and (turn.index > 0 or self._is_usual(turn, shown)):
+        usual = turn.index > 0 and turn.kind.follows != "assistant"
+        if shown is not None and (usual or self._is_usual(turn, shown)):
             return unmarked(answered[len(prompt) : at]), unmarked(answered[at:])
         if not (turn.kind.content or turn.kind.calls) and answered.startswith(prompt):
             return unmarked(answered[len(prompt) :]), ""
@@ -285,11 +286,17 @@ class _Renderer:
             raise self._error(turn.index, str(template.mismatch(prompt, answered))) from error
         except ConversationError as error:
             raise self._error(turn.index, str(error)) from error
+        text = text_of(message)
+        space = text[: len(text) - len(text.lstrip())]  # which belongs to the content, where the template leaves it
+        at -= len(space) if answered[:at].endswith(space) else 0
         return lead.before + reasoning_of(message).strip() + lead.after, unmarked(answered[at:])
 
     def _is_usual(self, turn: _Turn, shown: tuple[str, str]) -> bool:
-        """Whether a first message is led in as any other: a template may begin a conversation without its usual prompt."""
-        lead = turn.template.lead(turn.kind)
+        """Whether a message is led in as any other: a template may write no prompt for a first message, or a second in a row."""
+        try:
+            lead = turn.template.lead(turn.kind)
+        except ConversationError as error:
+            raise self._error(turn.index, str(error)) from error
         return shown == (lead.before, lead.after)
 
     def _apply(self, template: Template, conversations, turns: Sequence[_Turn], *, generate: bool = False) -> list[str]:
@@ -361,8 +368,8 @@ class _Renderer:
             if text not in rest:
                 raise self._not_rendered(turn, turn.completion)
             rest = rest.replace(text, "", 1) if text else rest
-        end = next((token for token in turn.template.closing_tokens if rest.endswith(token)), None)
-        if end and rest.count(end) > 1:
+        end = next((token for token in turn.template.closing_tokens if turn.completion.endswith(token)), None)
+        if end and end in turn.completion[len(turn.lead) :].replace(text_of(message), "", 1).removesuffix(end):
             raise self._error(
                 turn.index,
                 f"the chat template writes it as several turns ({end!r} stands inside); split the message, or pass a "

@@ -286,9 +286,12 @@ class Template:
     def _probe_ends(self, kind: Kind) -> tuple[str, str, dict]:
         """What follows the last text of the context in the prompt and in the answer of a probe; and its message."""
         context, message = _probe(kind)
-        tools, last = self._probe_tools(kind), text_of(context[-1])
-        prompt = self._probed(context, tools, generate=True)
-        answered = self._probed([*context, marked(message)], tools)
+        last = text_of(context[-1])
+        for tools in (self._probe_tools(kind), [_TOOL]):  # some templates cannot do without tools
+            prompt = self._probed(context, tools, generate=True)
+            answered = self._probed([*context, marked(message)], tools)
+            if prompt and answered:
+                break
         if not (prompt and answered and last in prompt and last in answered):
             raise ConversationError("the chat template cannot render a short conversation of this kind")
         prompt, answered = (text[text.rfind(last) + len(last) :] for text in (prompt, answered))
@@ -315,8 +318,13 @@ class Template:
             return None
         with contextlib.suppress(ConversationError):
             thinking, plain = (self.lead(Kind(kind.follows, reasoning, False, True)) for reasoning in (True, False))
-            if thinking.prompt_end == prompt and not plain.thinks and thinking.after.endswith(plain.before):
+            if thinking.prompt_end != prompt:
+                return None
+            if not plain.thinks and thinking.after.endswith(plain.before):
                 return thinking.before, thinking.after.removesuffix(plain.before)
+            end = next((end for end in self._ends if end in thinking.after), None)
+            if plain.thinks and end:  # an empty thought stands before calls without reasoning
+                return thinking.before, "".join(thinking.after.partition(end)[:2])
         return None
 
     @functools.cached_property
@@ -446,13 +454,11 @@ class Template:
 
     def finished(self, text: str, calls: bool, end_of_turn: str | None) -> str | None:
         """A completion that ends with the token that ends the turn, and with nothing after it. None: it is not known."""
-        trailer = self._trailer
-        text = text.removesuffix(trailer)
+        text = text.rstrip().removesuffix(self._trailer) if self._trailer else text
         short = text.rstrip()
         if short.endswith(self.closing_tokens):
             return short
-        end = self._first_token(trailer) if trailer.startswith(self.closing_tokens) else None
-        token = end_of_turn or end or self._end_tokens[calls] or self.tokenizer.eos_token
+        token = end_of_turn or self._end_tokens[calls] or self.tokenizer.eos_token
         return text + token if token else None
 
     @functools.cached_property
@@ -479,24 +485,15 @@ class Template:
 
     @functools.cached_property
     def _trailer(self) -> str:
-        """What the template writes behind any conversation, or behind an answer when nothing follows, and no model does: a
-        token that ends the text, a generation prompt that nobody asked for."""
+        """What the template writes after the end of an answer, and no model does: a second token that ends the text, a
+        generation prompt that nobody asked for. An answer ends with the token that ends a question too, or with the
+        tokenizer's eos token, whichever comes first."""
         if self._after is None:
             return ""
-        closed, prompt, answered, continued = self._after
-        same, eos = common_start(answered, continued), self.tokenizer.eos_token
-        if eos and eos in same:
-            return answered[same.index(eos) + len(eos) :]
-        if closed == prompt:
-            trailer = common_start(closed[::-1], answered[::-1], _TAG_REVERSED)[::-1]
-        else:
-            trailer = closed[len(common_start(closed, prompt)) :]
-            trailer = trailer if answered.endswith(trailer) else ""
-        if any(token in trailer for token in self.closing_tokens):
-            return trailer
-        if same.rstrip().endswith(self.closing_tokens):
-            return answered[len(same) :] if answered[len(same) :].strip() else ""
-        return ""
+        closed, _, answered, _ = self._after
+        ends = (self._first_token(closed), self.tokenizer.eos_token)
+        stops = [answered.index(end) + len(end) for end in ends if end and end in answered]
+        return answered[min(stops) :].rstrip() if stops else ""
 
     @functools.cached_property
     def _end_tokens(self) -> tuple[str | None, str | None]:
@@ -589,14 +586,11 @@ def _after_reasoning(answered: str, message: Mapping) -> str | None:
     return answered[at + len(REASONING_MARK) : visible].removeprefix(reasoning_of(message).strip()[1:])
 
 
-_TAG_REVERSED = re.compile(r">[^<>\s]{1,40}<|\][A-Z_]{2,30}/?\[|▷[^▷\s]{1,30}◁")
-
-
-def common_start(a: str, b: str, tag: re.Pattern = _TAG) -> str:
+def common_start(a: str, b: str) -> str:
     """The common beginning of two texts, not ending inside a control token of either."""
     same = len(os.path.commonprefix([a, b]))
     for text in (a, b):
-        for found in tag.finditer(text, max(0, same - 60), same + 60):
+        for found in _TAG.finditer(text, max(0, same - 60), same + 60):
             if found.start() < same < found.end():
                 same = found.start()
     return a[:same]

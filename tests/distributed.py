@@ -7,29 +7,42 @@ from models import tiny
 from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import set_seed
 
-from flexmask import OnePassCollator
+from flexmask import OnePassCollator, pack_stream
 from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 
 
-def train_one_step(output_dir: str, accumulation: int, loss_reduction: str) -> dict:
-    """One plain SGD step over all four rows, whatever the number of processes, then an evaluation of three of them."""
+def train_one_step(output_dir: str, accumulation: int, loss_reduction: str, stream: bool = False) -> dict:
+    """One plain SGD step over all four rows, whatever the number of processes, then an evaluation of three of them. As a
+    stream, the first and the third are packed into one row, so that of two processes one has a row and the other two."""
     set_seed(0)
     rows = rows_of_unequal_size(loss_reduction)
-    arguments = OnePassTrainingArguments(
-        output_dir, max_steps=1, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0,
-        gradient_accumulation_steps=accumulation, use_cpu=True, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = OnePassTrainer(
-        tiny("Qwen3"), arguments, train_dataset=rows, eval_dataset=rows[:3], data_collator=OnePassCollator(Vocabulary())
-    )
-    trainer.train()
-    eval_loss = trainer.evaluate()["eval_loss"]
-    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-    return {"eval_loss": eval_loss, "weights": weights, "processes": arguments.world_size}
+
+    def trainer(steps: int, accumulation: int) -> OnePassTrainer:
+        arguments = OnePassTrainingArguments(
+            output_dir, max_steps=steps, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0,
+            gradient_accumulation_steps=accumulation, use_cpu=True, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        train = pack_stream(rows, len(rows[3])) if stream else rows
+        made = OnePassTrainer(
+            tiny("Qwen3"),
+            arguments,
+            train_dataset=train,
+            eval_dataset=rows[:3],
+            data_collator=OnePassCollator(Vocabulary()),
+        )
+        made.train()
+        return made
+
+    one = trainer(1, accumulation)
+    weights = one.accelerator.unwrap_model(one.model).state_dict()
+    result = {"eval_loss": one.evaluate()["eval_loss"], "weights": weights, "processes": one.args.world_size}
+    if stream:  # into the third epoch, whichever process runs out first
+        result["steps"] = trainer(5, accumulation=1).state.global_step
+    return result
 
 
 if __name__ == "__main__":
-    result = train_one_step(sys.argv[1], accumulation=2, loss_reduction=sys.argv[3])
+    result = train_one_step(sys.argv[1], accumulation=2, loss_reduction=sys.argv[3], stream=sys.argv[4:] == ["stream"])
     if torch.distributed.get_rank() == 0:
         torch.save(result, sys.argv[2])
     torch.distributed.barrier()

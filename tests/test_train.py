@@ -15,6 +15,7 @@ from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import TrainingArguments
 
 from flexmask import OnePassCollator
+from flexmask.collator import empty_batch
 from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 
 
@@ -46,11 +47,13 @@ def check(result, by_hand):
         torch.testing.assert_close(result["weights"][name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("loss_reduction", ["token", "turn"])
-def test_evaluation_and_a_step_are_means_over_targets(tmp_path, loss_reduction):
-    """The bug guarded: the Trainer's own eval_loss is the mean over rows."""
-    found = train_one_step(str(tmp_path), accumulation=4, loss_reduction=loss_reduction)
+@pytest.mark.parametrize("loss_reduction, stream", [("token", False), ("turn", False), ("turn", True)])
+def test_evaluation_and_a_step_are_means_over_targets(tmp_path, loss_reduction, stream):
+    """The bug guarded: the Trainer's own eval_loss is the mean over rows. Of a stream the last step has fewer rows, whose
+    gradients the library's own Trainer would add to those of the next step."""
+    found = train_one_step(str(tmp_path), accumulation=4, loss_reduction=loss_reduction, stream=stream)
     check(found, by_hand(loss_reduction))
+    assert found.get("steps") == (5 if stream else None)
 
 
 def test_evaluation_of_raw_conversations_and_what_is_refused(tmp_path):
@@ -97,13 +100,23 @@ def test_with_a_routers_loss_it_is_the_models_own(tmp_path):
     assert expected.aux_loss > 0 and torch.equal(found, expected.loss)
 
 
-@pytest.mark.parametrize("loss_reduction", ["token", "turn"])
-def test_two_processes_are_as_one(tmp_path, loss_reduction):
+def test_a_batch_of_no_weight_with_a_routers_loss_gives_no_gradient(tmp_path):
+    """What a rank trains on that has run out of a stream; the model's own loss would refuse weights."""
+    model = tiny("Qwen3Moe", output_router_logits=True, router_aux_loss_coef=0.5)
+    trainer = OnePassTrainer(model, OnePassTrainingArguments(str(tmp_path), use_cpu=True))
+    loss = trainer.compute_loss(model.train(), empty_batch(), num_items_in_batch=torch.tensor(3.0))
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("loss_reduction, stream", [("token", []), ("turn", ["stream"])])
+def test_two_processes_are_as_one(tmp_path, loss_reduction, stream):
+    """Of a stream too, in which one process has fewer rows: the other must not wait for it forever, and no row counts twice."""
     here, result = Path(__file__).parent, tmp_path / "result.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     process = subprocess.Popen(
-        [*command, str(here / "distributed.py"), str(tmp_path), str(result), loss_reduction], env=environment,
+        [*command, str(here / "distributed.py"), str(tmp_path), str(result), loss_reduction, *stream], env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -115,3 +128,4 @@ def test_two_processes_are_as_one(tmp_path, loss_reduction):
     result = torch.load(result, weights_only=True)
     assert result["processes"] == 2
     check(result, by_hand(loss_reduction))
+    assert not stream or result["steps"] == 5

@@ -123,6 +123,7 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
             raise ConversationError("has a system column and a system message that differ, expected one of them")
         written, names = [{"role": "system", "content": system}, *written], ["system column", *names]
 
+    written, names = _with_results_apart(written, names)
     messages = [_message(message, name) for message, name in zip(written, names, strict=True)]
     if not any(map(is_trained, messages)):
         raise ConversationError(NOTHING_TO_TRAIN)
@@ -243,7 +244,8 @@ def read_messages(messages) -> list[dict]:
         raise ConversationError(f"messages is {type(messages).__name__}, expected a list of messages")
     if not messages:
         raise ConversationError("the conversation is empty")
-    return [_message(message, f"message {i}") for i, message in enumerate(messages)]
+    written, names = _with_results_apart(messages, [f"message {i}" for i in range(len(messages))])
+    return [_message(message, name) for message, name in zip(written, names, strict=True)]
 
 
 def is_trained(message: Mapping) -> bool:
@@ -267,6 +269,25 @@ def without_nulls(value):
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _with_results_apart(messages: Sequence, names: Sequence[str]) -> tuple[list, list[str]]:
+    """Answers of tools that stand among the parts of a user's message (Anthropic's form) as messages of their own, before it."""
+    apart, of = [], []
+    for message, name in zip(messages, names, strict=True):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        parts = content if isinstance(content, list) else []
+        results = [part for part in parts if isinstance(part, Mapping) and part.get("type") == "tool_result"]
+        for part in results:
+            apart.append(
+                {"role": "tool", "content": part.get("content") or "", "tool_call_id": part.get("tool_use_id")}
+            )
+            of.append(name)
+        rest = [part for part in parts if part not in results]
+        if rest or not results:
+            apart.append({**message, "content": rest} if results else message)
+            of.append(name)
+    return apart, of
 
 
 def _message(message, name: str) -> dict:
@@ -362,12 +383,15 @@ def _read_content(message: dict, where: str) -> list[str]:
         kind = kind if isinstance(kind, str) else None
         if kind in ("thinking", "reasoning") and message["role"] == "assistant":
             reasoning.append(_thinking(part, kind, where))
+        elif kind == "tool_use" and message["role"] == "assistant":  # Anthropic's calls
+            call = {"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")}
+            message.setdefault("tool_calls", []).append(_call(call, where))
         elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append({"type": "text", "text": part["text"]})
         else:
             raise ConversationError(
                 f"{where}: content has a part {_short(part)}, expected parts of type text"
-                + (" (a model of text takes no other media)" if kind and "text" not in kind else "")
+                + (" (other media are not supported)" if kind and kind not in _TEXT_PARTS else "")
             )
     message["content"] = texts
     if not texts:

@@ -106,7 +106,21 @@ def ids_beside_flat_calls(record, messages):
     messages[2]["tool_calls"] = [{"id": "call_1", **FUNCTION}]
 
 
+def anthropic(record, messages):
+    thought, use = ({"type": "thinking", "thinking": messages[2]["reasoning_content"], "signature": "x"},
+                    {"type": "tool_use", "id": "call_1", "name": "add", "input": FUNCTION["arguments"]})  # fmt: skip
+    record["system"] = messages[0]["content"]
+    result = {"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "text", "text": "3"}]}
+    messages[2:4] = [{"role": "assistant", "content": [thought, use]}, {"role": "user", "content": [result]}]
+    del messages[0]
+    functions = [tool["function"] for tool in record["tools"]]
+    record["tools"] = [{**f, "input_schema": f["parameters"]} for f in copy.deepcopy(functions)]
+    for tool in record["tools"]:
+        del tool["parameters"]
+
+
 FORMS = (
+    anthropic,
     as_the_api_writes_it, content_in_parts, reasoning_inline, reasoning_in_parts, reasoning_details, only_the_closing_tag,
     legacy_calls, columns_of_text, system_column, sharegpt, sharegpt_function_call, conversations_with_roles,
     tools_of_another_name, ids_beside_flat_calls,
@@ -200,7 +214,7 @@ def refused(text, *records):
         *refused("message 1 .assistant.: content is NoneType", {"messages": [Q, A | {"content": None}]}),
         *refused("message 0 .user.: content is NoneType", {"messages": [{"role": "user"}, A]}),
         *refused(
-            "part {'type': 'image_url'.*no other media",
+            "part {'type': 'image_url'.*other media are not supported",
             {"messages": [Q | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, A]},
         ),
         *refused("part {'type': 'thinking'", {"messages": [Q | {"content": [{"type": "thinking", "thinking": "T"}]}, A]}),

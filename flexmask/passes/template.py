@@ -486,13 +486,15 @@ class Template:
     @functools.cached_property
     def _trailer(self) -> str:
         """What the template writes after the end of an answer, and no model does: a second token that ends the text, a
-        generation prompt that nobody asked for. An answer ends with the token that ends a question too, or with the
-        tokenizer's eos token, whichever comes first."""
+        generation prompt that nobody asked for. An answer ends as a question does, or with the tokenizer's eos token,
+        whichever comes first."""
         if self._after is None:
             return ""
-        closed, _, answered, _ = self._after
-        ends = (self._first_token(closed), self.tokenizer.eos_token)
-        stops = [answered.index(end) + len(end) for end in ends if end and end in answered]
+        closed, prompt, answered, _ = self._after
+        # Some templates write the generation prompt always: then only the first token is known to end the question.
+        of_question = self._first_token(closed) if closed == prompt else common_start(closed, prompt).strip()
+        ends = [end for end in (of_question, self.tokenizer.eos_token) if end and self._first_token(end)]
+        stops = [answered.index(end) + len(end) for end in ends if end in answered]
         return answered[min(stops) :].rstrip() if stops else ""
 
     @functools.cached_property

@@ -161,8 +161,8 @@ def test_peft_model():
 
 
 def test_no_conversations_and_no_model():
-    with pytest.raises(ConversationError, match=r"\['conversations'\], expected messages.*ShareGPT"):
-        verify(tiny("Qwen3"), [{"conversations": [{"from": "human", "value": "Hi"}]}])
+    with pytest.raises(ConversationError, match="has the keys text, expected messages"):
+        verify(tiny("Qwen3"), [{"text": "Hi"}])
     with pytest.raises(ValueError, match="no conversations"):
         verify(tiny("Qwen3"), [])
     with pytest.raises(TypeError, match="expected a Hugging Face model"):

@@ -27,7 +27,7 @@ class OnePassCollator:
         pad_to_multiple_of: rows are padded to a multiple of this. 128 is the block of the attention kernels; a larger
             number (say `max_tokens`) gives fewer different shapes.
         loss_reduction: what the loss is a mean of, see `TokenTree.from_passes`. Trees made ahead keep their weights.
-        **template_options: for `render_passes`: chat_template, reasoning_format, end_of_turn, template arguments.
+        **template_options: options of `render_passes`, arguments of the template among them.
     """
 
     def __init__(

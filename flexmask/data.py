@@ -241,7 +241,7 @@ class TreeMaker:
             supervised token are removed, and a conversation left without a pass is dropped.
         loss_reduction: what the loss is a mean of, see `TokenTree.from_passes`.
         columns: see `load_conversations`.
-        template_options: for `render_passes`: chat_template, reasoning_format, end_of_turn, template arguments.
+        template_options: options of `render_passes`, arguments of the template among them.
 
     Raises:
         ValueError: an unknown `overlong` or `loss_reduction`, or a `max_length` or `max_tokens` below 1.
@@ -337,8 +337,8 @@ def build_trees(conversations: Iterable[Mapping], tokenizer, *, num_proc: int | 
         tokenizer: a Hugging Face tokenizer with a chat template.
         num_proc: processes to render with. Where processes are spawned and not forked (macOS, Windows), the calling
             script needs the usual `if __name__ == "__main__"`.
-        **options: max_length, max_tokens, overlong, loss_reduction and columns of `TreeMaker`; and for `render_passes`:
-            chat_template, reasoning_format, end_of_turn, template arguments.
+        **options: max_length, max_tokens, overlong, loss_reduction and columns of `TreeMaker`, and those of `render_passes`,
+            arguments of the template among them.
 
     Raises:
         ConversationError: a conversation cannot be rendered, is too long, or has token ids outside the vocabulary;

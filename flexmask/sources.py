@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import accumulate, islice
@@ -95,9 +96,9 @@ class JsonLines(Source):
         self.name = name
 
     @cached_property
-    def _index(self) -> tuple[list[int], list[int], str]:
+    def _index(self) -> tuple[array, array, str]:
         """Where each record begins, on which line, and the fingerprint: all from one reading."""
-        digest, at, starts, numbers = hashlib.blake2b(digest_size=16), 0, [], []
+        digest, at, starts, numbers = hashlib.blake2b(digest_size=16), 0, array("q"), array("q")
         with open(self.name, "rb") as file:
             for number, line in enumerate(file, start=1):
                 digest.update(line)
@@ -297,7 +298,7 @@ def _holds_lines(name: str) -> bool:
     with open(name, "rb") as file:
         line = next((line for line in file if not line.isspace()), b"")
     try:
-        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
+        return line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") and isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 

@@ -28,10 +28,9 @@ FAST = [
 ]
 
 
-def train(tmp_path, *flags, data="flexmask/generated"):
-    return main(
-        ["train", *TINY, "--dataset_name", data, "--output_dir", str(tmp_path / "out"), *FAST, *map(str, flags)]
-    )
+def train(tmp_path, *flags, data="flexmask/generated", command="train"):
+    folders = ["--output_dir", tmp_path / "out", "--dataset_cache_dir", tmp_path / "cache"]
+    return main([command, *TINY, "--dataset_name", data, *FAST, *map(str, [*folders, *flags])])
 
 
 def losses(folder: Path) -> list[float]:
@@ -151,6 +150,54 @@ def test_bad_input_is_told_and_exits_with_2(tmp_path, trained, capsys):
     assert main([]) == 2 and main(["--help"]) == 0 and main(["fly"]) == 2
 
 
+def test_prepared_ahead_from_several_files_with_some_held_out(tmp_path, data, monkeypatch, capsys):
+    """`flexmask train` with the file of `flexmask prepare` finds everything; its comparison is with held-out conversations."""
+    other = tmp_path / "other.json"
+    other.write_text("".join(json.dumps({"chat": c["messages"]}) + "\n" for c in demo.conversations(6, seed=1)))
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"dataset_name: [{data}, {{name: {other}, columns: {{messages: chat}}}}]\ndataset_weights: [1, 3]\n"
+        "test_size: 4\neval_strategy: steps\neval_steps: 1\nmax_steps: 1\nbf16: true\n"
+    )
+    flags = [*TINY, "--config", str(config), *FAST, "--dataset_cache_dir", str(tmp_path / "cache")]
+    flags += ["--output_dir", str(tmp_path / "out")]
+    assert main(["prepare", *flags]) == 0
+    prepared = capsys.readouterr().out
+    assert "other.json: 6 conversations" in prepared and "4 trees are held out for evaluation" in prepared
+    assert "other.json 75.0%" in prepared and prepared.count(" rows of at most 2048 tokens") == 2
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("flexmask.data._write", None)
+    assert main(["train", *flags, "--compare", "1"]) == 0
+    trained = capsys.readouterr().out
+    assert prepared in trained and trained.count("the same losses") == 2
+    assert train(tmp_path, "--streaming", "true", data=data, command="prepare") == 2
+    assert "--streaming prepares nothing" in capsys.readouterr().err
+
+
+def test_streaming(tmp_path, data, capsys):
+    """Into a second epoch, with workers, evaluated on what is prepared; what was dropped is told at the end."""
+    flags = ["--streaming", "true", "--max_steps", 4, "--dataloader_num_workers", 2, "--eval_dataset_name", data]
+    flags += ["--eval_strategy", "steps", "--eval_steps", 4, "--compare", 1, "--max_length", 350, "--overlong", "drop"]
+    flags += ["--reasoning_weight", 0.5]
+    assert train(tmp_path, *flags, data=data) == 0
+    said = capsys.readouterr().out
+    assert said.count("8 conversations, ") == 2 and said.count("LOST to max_length") == 2
+    [evaluated, read] = [line for line in said.splitlines() if "LOST to max_length" in line]
+    assert evaluated == read and "read in the last epoch: 8 conversations" in said
+    assert len(losses(tmp_path / "out")) == 4 and said.count("the same losses") == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fault_in_a_stream_ends_in_one_line(tmp_path, data, workers, capsys):
+    """The bug guarded: an error in a worker came with the traceback of the worker around it."""
+    path = tmp_path / "long.jsonl"
+    path.write_text(Path(data).read_text() * 9 + '{"messages": []}\n')
+    flags = ["--streaming", "true", "--max_steps", 99, "--dataloader_num_workers", workers, "--max_samples", 99]
+    assert train(tmp_path, *flags, "--verify", "false", data=str(path)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"flexmask train: {path}:73: the conversation is empty"
+
+
 @pytest.mark.parametrize(
     "flags, text",
     [
@@ -167,7 +214,15 @@ def test_bad_input_is_told_and_exits_with_2(tmp_path, trained, capsys):
         (["--end_of_turn", "the end"], "which is not one token"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--config"], "argument --config: expected one argument"),
-        (["--eval_strategy", "steps"], "eval_strategy is steps, which needs eval_dataset_name"),
+        (["--eval_strategy", "steps"], "eval_strategy is steps, which needs eval_dataset_name or test_size"),
+        (["--dataset_weights", 1, 2], "dataset_weights has 2 numbers for 1 datasets"),
+        (["--columns", "chat"], "columns is 'chat', expected a JSON object"),
+        (["--test_size", 0], "test_size is 0.0, expected a part between 0 and 1, or a whole number"),
+        (["--test_size", 99], "test_size is 99, but there are only 24 conversations"),
+        (["--streaming", "true"], "a stream has no length, so that --streaming needs --max_steps"),
+        (["--train_on", "first"], "train_on is 'first', expected one of all, last"),
+        (["--empty_reasoning", "x"], "empty_reasoning is 'x', expected one of prompt, keep, drop, error"),
+        (["--reasoning_weight", -1], "reasoning_weight is -1.0, expected a number that is not negative"),
         (["--dtype", "bfloat17"], "dtype is 'bfloat17', expected one of auto, float32"),
         (["--model_name_or_path", "."], ".: holds no tokenizer"),
         (["--overlong", "foo"], "overlong is 'foo', expected one of error, drop, truncate"),

@@ -2,31 +2,33 @@
 preparing many conversations takes, and starting again with them prepared.
 
 python benchmarks/preprocessing.py cpu
+python benchmarks/preprocessing.py cpu_overhead
 python benchmarks/preprocessing.py cpu_at_scale
 """
 
 import json
 import os
+import pickle
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
-from common import Benchmark, _status, bars, elapsed, in_own_process, measure, ratio, spread
+import pyarrow as pa
+from common import Benchmark, _status, bars, in_own_process, measure, ratio, spread
 from transformers import AutoTokenizer
 
 from flexmask import OnePassCollator, TokenTree, pack, render_passes
-from flexmask.data import CHUNK, load_conversations, prepare, tree_maker
+from flexmask.data import _SCHEMA, CHUNK, _batch, load_conversations, prepare, tree_maker
 from flexmask.demo import conversations as generate_conversations
 from flexmask.demo import texts as texts_of
 from flexmask.demo import train_tokenizer
 from flexmask.passes import render_conversation
 from flexmask.passes.render import _Renderer
-from flexmask.sources import open_source
+from flexmask.sources import InMemory, open_source
 from flexmask.train import GENERATED_DATA, load_tokenizer
 
 PROCESSES = len(os.sched_getaffinity(0))
@@ -34,13 +36,15 @@ PROCESSES = len(os.sched_getaffinity(0))
 
 def main() -> None:
     bench = Benchmark("preprocessing", __doc__)
-    draw_it = draw_at_scale if bench.settings.at_scale else draw
+    draw_it = draw if bench.settings.datasets else draw_at_scale
     bench.run(lambda: fill(bench), lambda *axes: draw_it(bench.rows, *axes), width=11, panels=2)
 
 
 def fill(bench: Benchmark) -> None:
     for what in bench.settings.datasets:
         rows_of(bench, **what)
+    for what in bench.settings.overhead:
+        rows_of_overhead(bench, **what)
     for what in bench.settings.at_scale:
         rows_at_scale(bench, **what)
 
@@ -88,6 +92,7 @@ def rows_of(bench: Benchmark, name: str, dataset: str, tokenizer: str, count: in
 
 
 def draw(rows: list[dict], share, speed) -> None:
+    rows = [row for row in rows if "share" in row]
     bars(share, rows, "stage", "dataset", "share")
     bars(speed, rows, "stage", "dataset", "tokens/s")
     share.set(ylabel="share of the time")
@@ -95,108 +100,91 @@ def draw(rows: list[dict], share, speed) -> None:
     share.legend()
 
 
-def rows_at_scale(bench: Benchmark, name: str, count: int, overhead_count: int) -> None:
-    """Rows for preparing `count` conversations of a file, each stage in a process of its own that loads everything anew. What
-    trees and Arrow take beyond rendering and tokenising is measured with fewer of them, in rounds, as processor time: other
-    work on the machine would count in the other."""
+def rows_of_overhead(bench: Benchmark, name: str, count: int) -> None:
+    """What trees and Arrow take beyond reading, rendering and tokenising: both take turns every few conversations, and what
+    counts is processor time, because other work on the machine counts in the other."""
+    conversations = generate_conversations(count)
+    source, maker = InMemory(name, conversations), tree_maker(train_tokenizer(texts_of(conversations[:500])))
+
+    def plain(indices: range) -> None:
+        for record in source.read(indices.start, indices.stop):
+            render_conversation(maker.conversation(record), maker.tokenizer)
+
+    def whole(indices: range) -> None:
+        batch, *_ = pickle.loads(pickle.dumps(_batch(source, maker, indices)))  # from process to process
+        writer.write_batch(batch)
+
+    rounds = []
+    for _ in range(bench.settings.repeats):
+        seconds = {plain: 0.0, whole: 0.0}
+        with tempfile.TemporaryFile() as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+            for start in range(0, count, CHUNK):
+                for do in seconds:
+                    before = time.process_time()
+                    do(range(start, min(start + CHUNK, count)))
+                    seconds[do] += time.process_time() - before
+        rounds.append(tuple(seconds.values()))
+    measured = [spread(list(column)) for column in zip(*rounds)]
+    for what, seconds in zip(("read, render and tokenise", "prepare"), measured):
+        bench.add(
+            dataset=name, stage=f"{what}, processor time", conversations=count, seconds=seconds,
+            **{"times rendering and tokenising": ratio(seconds, measured[0])},
+        )  # fmt: skip
+
+
+def rows_at_scale(bench: Benchmark, name: str, count: int) -> None:
+    """Rows for preparing `count` conversations of a file, and for starting again; each in a process of its own that loads
+    everything anew."""
     with tempfile.TemporaryDirectory() as folder:
-        for file, size in (("all", count), ("some", overhead_count)):
-            with open(f"{folder}/{file}.jsonl", "w") as lines:
-                for seed in range(-(-size // 1000)):
-                    for conversation in generate_conversations(min(1000, size - seed * 1000), seed=seed):
-                        lines.write(json.dumps(conversation) + "\n")
+        with open(f"{folder}/data.jsonl", "w") as lines:
+            for seed in range(-(-count // 1000)):
+                for conversation in generate_conversations(min(1000, count - seed * 1000), seed=seed):
+                    lines.write(json.dumps(conversation) + "\n")
         train_tokenizer(texts_of(generate_conversations(500))).save_pretrained(f"{folder}/tokenizer")
-
-        def stage(what: str, file: str = "all", cache: str = "cache") -> dict:
+        for stage in (f"prepare, {PROCESSES} processes", "start again"):
             start = time.perf_counter()
-            arguments = {"folder": folder, "file": file, "cache": cache, "max_tokens": bench.settings.max_tokens}
-            found = in_own_process("preprocessing.py", what, json.dumps(arguments))
-            return found | {"wall": time.perf_counter() - start}
-
-        rounds = [
-            (stage("plain", "some"), stage("first", "some", cache=f"cache {i}")) for i in range(bench.settings.repeats)
-        ]
-        cpu = [spread([of_round[i]["cpu"] for of_round in rounds]) for i in (0, 1)]
-        overhead = ratio(cpu[1], cpu[0])
-        for what, seconds in zip(("render and tokenise", "prepare"), cpu):
+            found = in_own_process("preprocessing.py", "start", folder, str(bench.settings.max_tokens))
             bench.add(
-                dataset=name, stage=f"{what}, processor time", conversations=overhead_count, seconds=seconds,
-                **{"times rendering and tokenising": overhead if what == "prepare" else 1.0},
-            )  # fmt: skip
-        for what, text in (("first", "prepare"), ("second", "start again")):
-            found = stage(what)
-            bench.add(
-                dataset=name, stage=f"{text}, {PROCESSES} processes" if what == "first" else text, conversations=count,
-                tokens=found["tokens"], seconds=spread([found["wall"]]),
+                dataset=name, stage=stage, conversations=count, tokens=found["tokens"],
+                seconds=spread([time.perf_counter() - start]),
                 **{
-                    "of it until rows": found["seconds"], "rows": found["rows"], "processor time": found["cpu"],
+                    "of it until rows": found["seconds"], "processor time": found["cpu"], "rows": found["rows"],
                     "resident MiB": found["resident"] / 2**20, "of it not of files MiB": found["anonymous"] / 2**20,
                     "peak MiB": found["peak"] / 2**20, "on disk MiB": found["disk"] / 2**20,
                 },
             )  # fmt: skip
 
 
-def at_scale(what: str, folder: str, file: str, cache: str, max_tokens: int) -> dict:
-    """One stage, in this process."""
-    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
-    source, cache = open_source(f"{folder}/{file}.jsonl"), Path(folder) / cache
-    before = processor_time()
-    if what == "plain":
-        seconds = elapsed(lambda: render_only(source, tokenizer))
-        return {"seconds": seconds, "cpu": processor_time() - before}
+def start(folder: str, max_tokens: int) -> dict:
+    """What a rank does before it trains, and 100 batches."""
+    tokenizer, cache = AutoTokenizer.from_pretrained(f"{folder}/tokenizer"), Path(folder) / "cache"
     maker = tree_maker(tokenizer, max_length=max_tokens, max_tokens=max_tokens)
-    start = time.perf_counter()
-    prepared = prepare(source, maker, cache_dir=cache, num_proc=PROCESSES, progress=False)
+    begin = time.perf_counter()
+    prepared = prepare(open_source(f"{folder}/data.jsonl"), maker, cache_dir=cache, progress=False)
     rows = pack(prepared.trees, max_tokens)
-    seconds, cpu = time.perf_counter() - start, processor_time() - before
+    seconds = time.perf_counter() - begin
     collator = OnePassCollator(tokenizer, max_tokens)
     for row in rows[:100]:
         collator([row])
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
-        "seconds": seconds, "cpu": cpu, "rows": len(rows), "tokens": prepared.tokens,
-        "resident": _status("VmRSS"), "anonymous": _status("RssAnon"), "peak": _status("VmHWM"),
+        "seconds": seconds, "cpu": sum(u.ru_utime + u.ru_stime for u in used), "rows": len(rows),
+        "tokens": prepared.tokens, "resident": _status("VmRSS"), "anonymous": _status("RssAnon"), "peak": _status("VmHWM"),
         "disk": sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()),
     }  # fmt: skip
 
 
-def render_only(source, tokenizer) -> None:
-    """What is left without trees and Arrow: the same records read, rendered and tokenised in as many processes."""
-    global _render
-    conversation_of = tree_maker(tokenizer).conversation
-
-    def _render(start: int) -> int:
-        records = source.read(start, start + CHUNK)
-        return sum(len(render_conversation(conversation_of(record), tokenizer)) for record in records)
-
-    starts = range(0, len(source), CHUNK)
-    with ProcessPoolExecutor(
-        PROCESSES, initializer=os.environ.update, initargs=({"TOKENIZERS_PARALLELISM": "false"},)
-    ) as pool:
-        sum(pool.map(render_there, starts))
-
-
-def render_there(start: int) -> int:
-    return _render(start)  # the process was forked, so it is there
-
-
-def processor_time() -> float:
-    """Seconds of this process and those it started, so far."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
-
-
 def draw_at_scale(rows: list[dict], seconds, memory) -> None:
-    whole = [row for row in rows if "resident MiB" in row]
-    seconds.bar([row["stage"] for row in whole], [row["seconds"]["median"] for row in whole])
+    stages = [row["stage"] for row in rows]
+    seconds.bar(stages, [row["seconds"]["median"] for row in rows])
     seconds.set(ylabel="seconds", yscale="log")
-    memory.bar([row["stage"] for row in whole], [row["resident MiB"] for row in whole], label="with pages of files")
-    memory.bar([row["stage"] for row in whole], [row["of it not of files MiB"] for row in whole], label="without")
-    memory.set(ylabel="resident MiB")
+    for name in ("resident MiB", "of it not of files MiB"):
+        memory.bar(stages, [row.get(name, 0) for row in rows], label=name)
     memory.legend()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["plain"], ["first"], ["second"]):
-        print(json.dumps(at_scale(sys.argv[1], **json.loads(sys.argv[2]))))
+    if sys.argv[1:2] == ["start"]:
+        print(json.dumps(start(sys.argv[2], int(sys.argv[3]))))
     else:
         main()

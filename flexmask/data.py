@@ -293,7 +293,8 @@ class TreeMaker:
                 )
         except (ValueError, TypeError) as error:
             raise ConversationError(f"{conversation.origin}: {error}") from error
-        targets, trained = (sum(int(np.count_nonzero(p.loss_mask)) for p in some) for some in (passes, kept))
+        trained = 0 if tree is None else len(tree.pass_targets)
+        targets = trained if kept is passes else sum(int(np.count_nonzero(p.loss_mask)) for p in passes)
         counted = Counter(
             conversations=1,
             dropped=int(not kept),

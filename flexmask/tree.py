@@ -276,10 +276,13 @@ def _weights(passes: list[Pass], supervised: list[np.ndarray], loss_reduction: s
     """float32[S], the weight of every supervised token, in the order of the passes."""
     weights = []
     for i, (p, positions) in enumerate(zip(passes, supervised)):
-        token_weight = np.ones(len(p.input_ids)) if p.token_weight is None else np.asarray(p.token_weight, np.float64)
-        if token_weight.shape != (len(p.input_ids),):
-            raise ValueError(f"pass {i}: token_weight has shape {token_weight.shape} for {len(p.input_ids)} tokens")
-        weight = token_weight[positions]
+        if p.token_weight is None:
+            weight = np.ones(len(positions))
+        else:
+            token_weight = np.asarray(p.token_weight, np.float64)
+            if token_weight.shape != (len(p.input_ids),):
+                raise ValueError(f"pass {i}: token_weight has shape {token_weight.shape} for {len(p.input_ids)} tokens")
+            weight = token_weight[positions]
         largest = max(weight.max(initial=0.0), 1.0) * p.weight  # 1, so that p.weight itself is looked at
         if not (0 <= largest <= np.finfo(np.float32).max and np.isfinite(weight).all() and (weight >= 0).all()):
             raise ValueError(f"pass {i}: weights must be finite in float32 and not negative; weight is {p.weight}")

@@ -32,7 +32,8 @@ from ..messages import (
     text_of,
     without_nulls,
 )
-from .template import Kind, Mismatch, Template, marked, template_of, unmarked, visible_at
+from .probes import Kind, marked, unmarked, visible_at
+from .template import Mismatch, Template, template_of
 
 TRAIN_ON = ("all", "last")
 EMPTY_REASONING = ("prompt", "keep", "drop", "error")

@@ -1,8 +1,8 @@
-"""A chat template, and what rendering a few probes shows of it: once, not for every conversation.
+"""What a chat template writes around an answer, and how a model that follows it thinks: found out once, not for every
+conversation, by letting the template render probes.
 
-A template is a program that nobody has to have written for training. How it wants its input, what it writes before an answer
-and after it, and how a model that follows it thinks, is found out here by letting it render short conversations of marked
-texts, and never by its name.
+A template is a program that nobody has to have written for training. Most show what a model should generate: the answer as the
+template renders it, minus the prompt. The others are understood from what they show elsewhere.
 """
 
 from __future__ import annotations
@@ -10,38 +10,37 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import jinja2.meta
-from transformers.utils.chat_template_utils import _compile_jinja_template
+from ..messages import ConversationError, reasoning_of, text_of
+from .chat_template import SWITCHES, ChatTemplate
+from .probes import (
+    ANSWER,
+    NAME,
+    NEXT,
+    REASONING_MARK,
+    TAG,
+    TOOL,
+    USER,
+    VALUE,
+    Kind,
+    after_reasoning,
+    call,
+    common_start,
+    marked,
+    probe,
+    unmarked,
+    visible_at,
+)  # fmt: skip
 
-from ..messages import REASONING_FIELDS, ConversationError, reasoning_of, text_of
-
-# Control tokens as templates write them. Texts are never compared in the middle of one.
-_TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,30}\]|◁[^▷\s]{1,30}▷")
 # A tag that begins a thought, at the end of a prompt. What ends it is known only where it is written <x> or [X].
 _OPENING = re.compile(
     r"[<\[◁](?!/)[^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]▷](?P<space>\s*)$", re.IGNORECASE
 )
 _PLAIN = re.compile(r"(?P<begin>[<\[])(?P<name>[\w:]+)[>\]]")
 _EMPTY_THOUGHT = re.compile(r"(?P<open>\s*[<\[](?P<name>[\w:]+)[>\]]\s*)(?P<close>[<\[]/(?P=name)[>\]])")
-_SWITCHES = ("enable_thinking", "thinking")  # of templates, as booleans
-
-# Marks are put behind the first visible character of a text, where no template strips them.
-REASONING_MARK, CONTENT_MARK, CALL_MARK = "@@flexmask-r@@", "@@flexmask-c@@", "@@flexmask-f@@"
-_USER, _NEXT, _ANSWER, _THOUGHT = "Qflexmask1", "Nflexmask2", "Aflexmask3", "Tflexmask4"
-_NAME, _KEY, _VALUE = "flexmask_f", "flexmask_k", "flexmask_v"
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _NAME,
-        "description": "A probe.",
-        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "Any."}}},
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -60,167 +59,26 @@ class Lead:
     thinks: bool
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What decides how a message is written: the role before it, and whether it has reasoning, content, calls."""
-
-    follows: str
-    reasoning: bool
-    content: bool
-    calls: bool
-
-    @classmethod
-    def of(cls, context: Sequence[Mapping], message: Mapping) -> Kind:
-        follows = context[-1]["role"] if context else "system"
-        parts = reasoning_of(message).strip(), text_of(message).strip(), message.get("tool_calls")
-        return cls(follows if follows in ("tool", "assistant") else "user", *map(bool, parts))
-
-
 class Mismatch(ConversationError):
     """A template renders an answer in a way that does not continue its own prompt."""
 
 
-class Template:
-    """A tokenizer's chat template with the arguments that it is called with.
+class Template(ChatTemplate):
+    """A chat template with what it writes before and after an answer.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
-        source: the template; None for the tokenizer's own.
         reasoning_format: how the model writes reasoning, if the user has said it.
-        arguments: for the template.
+        others: of ChatTemplate.
     """
 
     def __init__(self, tokenizer, source: str | None, reasoning_format: str | None, arguments: Mapping):
-        self.tokenizer, self._given, self.arguments = tokenizer, source, dict(arguments)
+        super().__init__(tokenizer, source, arguments)
         self._format = reasoning_format
         self._leads: dict[Kind, Lead | ConversationError] = {}
-
-    # What it is called with, and what it reads.
-
-    @functools.cached_property
-    def source(self) -> str:
-        """The text of the template (of several by name, the one that is taken without tools)."""
-        return self.tokenizer.get_chat_template(self._given)
-
-    @functools.cached_property
-    def variables(self) -> frozenset[str]:
-        """What it reads from outside: `messages`, `tools`, switches, …"""
-        return frozenset(jinja2.meta.find_undeclared_variables(self._syntax))
-
-    @functools.cached_property
-    def words(self) -> frozenset[str]:
-        """Every name and text in it: a key of a message that is not among them is not read."""
-        nodes = self._syntax.find_all(
-            (jinja2.nodes.Getattr, jinja2.nodes.Name, jinja2.nodes.Const, jinja2.nodes.Keyword)
-        )
-        names = ("attr", "name", "value", "key")
-        return frozenset(str(getattr(node, name)) for node in nodes for name in names if hasattr(node, name))
-
-    @functools.cached_property
-    def _syntax(self):
-        return _compile_jinja_template(self.source).environment.parse(self.source)
 
     def with_arguments(self, **arguments) -> Template:
         """The same template with further arguments; what it learns is kept."""
         return template_of(self.tokenizer, self._given, self._format, self.arguments | arguments)
-
-    @functools.cached_property
-    def switch(self) -> str | None:
-        """The argument that, set to False, makes the prompt ask for an answer without a thought."""
-        conversation = [{"role": "user", "content": _USER}]
-        now = self._probed(conversation, generate=True)
-        for name in _SWITCHES:
-            if name in self.variables and now is not None:
-                off = Template(self.tokenizer, self._given, self._format, self.arguments | {name: False})
-                if self.arguments.get(name) is not False and off._probed(conversation, generate=True) not in (
-                    None,
-                    now,
-                ):
-                    return name
-        return None
-
-    def thinking_arguments(self) -> str:
-        """The arguments that have to do with thinking, for errors."""
-        found = sorted(name for name in self.variables if re.search("think|reason", name))
-        return ", ".join(f"{name}=…" for name in found) or "enable_thinking=…"
-
-    def tool_arguments(self) -> str:
-        """The arguments other than `tools` that have to do with tools, for errors."""
-        return ", ".join(f"{name}=…" for name in sorted(self.variables) if "tool" in name and name != "tools")
-
-    # Rendering.
-
-    def render(self, conversations: Sequence[Sequence[Mapping]], tools=None, *, generate: bool = False) -> list[str]:
-        """Render conversations of messages in the form that the template takes (`as_taken`).
-
-        Args:
-            generate: with the generation prompt.
-
-        Raises:
-            Exception: whatever the template raises.
-        """
-        return self.tokenizer.apply_chat_template(
-            list(conversations),
-            tools=tools,
-            chat_template=self._given,
-            tokenize=False,
-            add_generation_prompt=generate,
-            **self.arguments,
-        )
-
-    def _probed(self, messages: Sequence[Mapping], tools=None, *, generate: bool = False) -> str | None:
-        """A probe of messages in our form; None if the template raises."""
-        return self._probed_as_it_is([self.as_taken(message) for message in messages], tools, generate)
-
-    def _probed_as_it_is(self, messages: Sequence[Mapping], tools=None, generate: bool = False) -> str | None:
-        try:
-            return self.render([messages], tools, generate=generate)[0]
-        except Exception:  # a template may raise anything
-            return None
-
-    def as_taken(self, message: Mapping) -> Mapping:
-        """A message that was read in the form that the template takes: its role, its content, the arguments of its calls."""
-        changed = {}
-        if message["role"] == "developer" and not self._has_developer:
-            changed["role"] = "system"
-        if isinstance(message["content"], str) == self._wants_parts:
-            text = text_of(message)
-            changed["content"] = [{"type": "text", "text": text}] if self._wants_parts else text
-        if self._wants_text_as_arguments and message.get("tool_calls"):
-            changed["tool_calls"] = [_with_text_as_arguments(call) for call in message["tool_calls"]]
-        return {**message, **changed} if changed else message
-
-    @functools.cached_property
-    def _wants_parts(self) -> bool:
-        """Whether it takes content only as a list of parts. One that takes texts gets texts."""
-        texts = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
-        parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in texts]
-        as_text, as_parts = (self._probed_as_it_is(form) or "" for form in (texts, parts))
-        return not _holds(as_text, _USER, _ANSWER) and _holds(as_parts, _USER, _ANSWER) and "'text'" not in as_parts
-
-    @functools.cached_property
-    def _wants_text_as_arguments(self) -> bool:
-        """Whether it takes the arguments of calls only as JSON text."""
-        call = {"type": "function", "id": "abcdefghi", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}
-        results = []
-        for form in (call, _with_text_as_arguments(call)):
-            content = [{"type": "text", "text": ""}] if self._wants_parts else ""
-            user = [{"type": "text", "text": _USER}] if self._wants_parts else _USER
-            probe = [{"role": "user", "content": user}, {"role": "assistant", "content": content, "tool_calls": [form]}]
-            text = self._probed_as_it_is(probe, [_TOOL]) or self._probed_as_it_is(probe) or ""
-            body = text[text.rfind(_USER) :]
-            # Python's notation, or JSON text as a JSON string, is not what a model writes.
-            results.append(_VALUE in body and f"'{_KEY}'" not in body and f'\\"{_KEY}' not in body)
-        as_object, as_text = results
-        return as_text and not as_object
-
-    @functools.cached_property
-    def _has_developer(self) -> bool:
-        """Whether it renders messages of the role developer. Where it does not, they are rendered as system messages."""
-        text = _USER if not self._wants_parts else [{"type": "text", "text": _USER}]
-        question = _NEXT if not self._wants_parts else [{"type": "text", "text": _NEXT}]
-        probe = [{"role": "developer", "content": text}, {"role": "user", "content": question}]
-        return _holds(self._probed_as_it_is(probe, generate=True) or "", _USER, _NEXT)
 
     # What it writes before a message.
 
@@ -248,7 +106,7 @@ class Template:
         begin = self.opened(prompt)
         same = len(prompt) - len(begin) if begin else len(common_start(prompt, answered))
         stub = answered[same : max(visible_at(answered), 0)] if answered.startswith(prompt[:same]) else ""
-        shown = _after_reasoning(answered, message)
+        shown = after_reasoning(answered, message)
         if shown is not None and not begin:
             raise self.mismatch(prompt, answered)
         if self._format and (kind.reasoning or begin):
@@ -285,9 +143,9 @@ class Template:
 
     def _probe_ends(self, kind: Kind) -> tuple[str, str, dict]:
         """What follows the last text of the context in the prompt and in the answer of a probe; and its message."""
-        context, message = _probe(kind)
+        context, message = probe(kind)
         last = text_of(context[-1])
-        for tools in (self._probe_tools(kind), [_TOOL]):  # some templates cannot do without tools
+        for tools in (self._probe_tools(kind), [TOOL]):  # some templates cannot do without tools
             prompt = self._probed(context, tools, generate=True)
             answered = self._probed([*context, marked(message)], tools)
             if prompt and answered:
@@ -330,13 +188,13 @@ class Template:
     @functools.cached_property
     def splits_calls_from_content(self) -> bool:
         """Whether a message with content and calls is written otherwise once their answers follow."""
-        context, message = _probe(Kind("user", False, True, True))
-        answered = self._probed([*context, message], [_TOOL])
-        result = {"role": "tool", "content": _NEXT, "name": _NAME, "tool_call_id": _call()["id"]}
-        continued = self._probed([*context, message, result], [_TOOL])
+        context, message = probe(Kind("user", False, True, True))
+        answered = self._probed([*context, message], [TOOL])
+        result = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": call()["id"]}
+        continued = self._probed([*context, message, result], [TOOL])
         if not answered or not continued:
             return False
-        places = sorted((answered.rfind(piece), len(piece)) for piece in (_ANSWER, _VALUE))
+        places = sorted((answered.rfind(piece), len(piece)) for piece in (ANSWER, VALUE))
         between = answered[places[0][0] : places[1][0] + places[1][1]]
         return places[0][0] >= 0 and between not in continued
 
@@ -345,7 +203,7 @@ class Template:
         at = visible_at(answered)
         if not answered.startswith(prompt) or at < len(prompt):
             return None
-        lead, after = answered[len(prompt) : at], _after_reasoning(answered, message)
+        lead, after = answered[len(prompt) : at], after_reasoning(answered, message)
         if (after is not None) != bool(reasoning_of(message).strip()):
             return None
         if self.opened(prompt) and not self.thinks(lead if after is None else after):
@@ -376,7 +234,7 @@ class Template:
         for kind in (Kind("user", True, True, False), Kind("user", True, False, True)):
             for shown, after in self._renderings_with_reasoning(kind):
                 head = shown[: shown.index(REASONING_MARK) - 1][-60:]
-                begins, end = [head[tag.start() :].strip() for tag in _TAG.finditer(head)], _TAG.search(after)
+                begins, end = [head[tag.start() :].strip() for tag in TAG.finditer(head)], TAG.search(after)
                 named = [begin for begin in begins if re.search("think|thought|reason", begin, re.IGNORECASE)]
                 begin = (named or begins or [""])[-1]
                 if end and begin and (begin, end[0]) not in found:
@@ -389,12 +247,12 @@ class Template:
 
     def _renderings_with_reasoning(self, kind: Kind) -> list[tuple[str, str]]:
         """A message of this kind with all ways of switching thinking on, where its reasoning is shown; and what follows it."""
-        context, message = _probe(kind)
+        context, message = probe(kind)
         rendered = []
-        for arguments in ({}, *({name: True} for name in _SWITCHES if name in self.variables)):
+        for arguments in ({}, *({name: True} for name in SWITCHES if name in self.variables)):
             template = Template(self.tokenizer, self._given, None, self.arguments | arguments)
             text = template._probed([*context, marked(message)], self._probe_tools(kind))
-            after = _after_reasoning(text, message) if text else None
+            after = after_reasoning(text, message) if text else None
             if after is not None:
                 rendered.append((text, after))
         return rendered
@@ -425,12 +283,12 @@ class Template:
         """Whether what only the prompt has leaves no thought open: an empty block, and nothing that the answer has too."""
         if self.thinks(rest):
             return True
-        tags = _TAG.findall(rest)
-        return len(tags) > 1 and not set(tags) & set(_TAG.findall(stub))
+        tags = TAG.findall(rest)
+        return len(tags) > 1 and not set(tags) & set(TAG.findall(stub))
 
     def _shown_with_other_arguments(self, kind: Kind) -> str:
-        context, message = _probe(kind)
-        for name in _SWITCHES:
+        context, message = probe(kind)
+        for name in SWITCHES:
             if name in self.variables:
                 text = self.with_arguments(**{name: True})._probed([*context, marked(message)])
                 if text and REASONING_MARK in text:
@@ -448,7 +306,7 @@ class Template:
         )
 
     def _probe_tools(self, kind: Kind) -> list | None:
-        return [_TOOL] if kind.calls or kind.follows == "tool" else None
+        return [TOOL] if kind.calls or kind.follows == "tool" else None
 
     # What it writes after a message.
 
@@ -471,16 +329,16 @@ class Template:
     @functools.cached_property
     def _after(self) -> tuple[str, str, str, str] | None:
         """What follows the last text: in a closed question, a prompt, an answer, and an answer before the next question."""
-        question, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
-        following = {"role": "user", "content": _NEXT}
+        question, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
+        following = {"role": "user", "content": NEXT}
         closed = self._probed([question])
         prompt = self._probed([question], generate=True)
         answered = self._probed([question, answer])
         continued = self._probed([question, answer, following])
         if None in (closed, prompt, answered, continued):
             return None
-        continued = continued[: continued.rfind(_NEXT)]
-        texts = ((closed, _USER), (prompt, _USER), (answered, _ANSWER), (continued, _ANSWER))
+        continued = continued[: continued.rfind(NEXT)]
+        texts = ((closed, USER), (prompt, USER), (answered, ANSWER), (continued, ANSWER))
         return tuple(text[text.rfind(last) + len(last) :] for text, last in texts)
 
     @functools.cached_property
@@ -505,17 +363,17 @@ class Template:
         if self._after is not None:
             plain = self._first_token(self._after[3])
         calls = None
-        context, message = _probe(Kind("user", False, False, True))
-        answered = self._probed([*context, message], [_TOOL])
-        result = {"role": "tool", "content": _NEXT, "name": _NAME, "tool_call_id": _call()["id"]}
-        continued = self._probed([*context, message, result], [_TOOL])
+        context, message = probe(Kind("user", False, False, True))
+        answered = self._probed([*context, message], [TOOL])
+        result = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": call()["id"]}
+        continued = self._probed([*context, message, result], [TOOL])
         if (
             answered is not None
             and continued is not None
             and continued.startswith(answered.removesuffix(self._trailer))
         ):
             rest = continued[len(answered.removesuffix(self._trailer)) :]
-            calls = self._first_token(rest.partition(_NEXT)[0])
+            calls = self._first_token(rest.partition(NEXT)[0])
         return plain, calls
 
     def _first_token(self, text: str) -> str | None:
@@ -541,92 +399,3 @@ def template_of(tokenizer, source: str | None, reasoning_format: str | None, arg
             _kept.clear()
         found = _kept[key] = Template(tokenizer, source, reasoning_format, arguments)
     return found
-
-
-def marked(message: Mapping) -> dict:
-    """The message with marks in its reasoning, its content and the name in its first call."""
-    message = dict(message)
-    if reasoning_of(message).strip():
-        message |= dict.fromkeys(REASONING_FIELDS, _with_mark(reasoning_of(message), REASONING_MARK))
-    content = message["content"]
-    if isinstance(content, list):
-        first = next((i for i, part in enumerate(content) if part["text"].strip()), None)
-        message["content"] = [
-            part | {"text": _with_mark(part["text"], CONTENT_MARK)} if i == first else part
-            for i, part in enumerate(content)
-        ]
-    else:
-        message["content"] = _with_mark(content, CONTENT_MARK)
-    if message.get("tool_calls"):
-        first, *others = message["tool_calls"]
-        function = first["function"] | {"name": _with_mark(first["function"]["name"], CALL_MARK)}
-        message["tool_calls"] = [first | {"function": function}, *others]
-    return message
-
-
-def _with_mark(text: str, mark: str) -> str:
-    at = len(text) - len(text.lstrip()) + 1
-    return text[:at] + mark + text[at:] if text.strip() else text
-
-
-def unmarked(text: str) -> str:
-    """Without any marks."""
-    return text.replace(REASONING_MARK, "").replace(CONTENT_MARK, "").replace(CALL_MARK, "")
-
-
-def visible_at(text: str) -> int:
-    """Where the first visible piece of a marked message begins: its content, or the name in its first call; -1 if nowhere."""
-    found = [at for at in (text.find(CONTENT_MARK), text.find(CALL_MARK)) if at >= 0]
-    return min(found) - 1 if found else -1  # a mark stands behind the first character
-
-
-def _after_reasoning(answered: str, message: Mapping) -> str | None:
-    """What stands between the reasoning of a marked message and its first visible piece; None where it is not rendered."""
-    at, visible = answered.find(REASONING_MARK), visible_at(answered)
-    if not 0 <= at < visible:
-        return None
-    return answered[at + len(REASONING_MARK) : visible].removeprefix(reasoning_of(message).strip()[1:])
-
-
-def common_start(a: str, b: str) -> str:
-    """The common beginning of two texts, not ending inside a control token of either."""
-    same = len(os.path.commonprefix([a, b]))
-    for text in (a, b):
-        for found in _TAG.finditer(text, max(0, same - 60), same + 60):
-            if found.start() < same < found.end():
-                same = found.start()
-    return a[:same]
-
-
-def _probe(kind: Kind) -> tuple[list[dict], dict]:
-    """A short conversation and a message of this kind. The probe's call has no reasoning before it that a template drops."""
-    user = {"role": "user", "content": _USER}
-    context = {
-        "user": [user],
-        "assistant": [user, {"role": "assistant", "content": _NEXT}],
-        "tool": [
-            user,
-            {"role": "assistant", "content": "", "tool_calls": [_call()]},
-            {"role": "tool", "content": _NEXT, "name": _NAME, "tool_call_id": _call()["id"]},
-        ],
-    }[kind.follows]
-    message = {"role": "assistant", "content": _ANSWER if kind.content else ""}
-    if kind.reasoning:
-        message |= dict.fromkeys(REASONING_FIELDS, _THOUGHT)
-    if kind.calls:
-        message["tool_calls"] = [_call()]
-    return context, message
-
-
-def _call() -> dict:
-    # Mistral's templates want ids of nine letters and digits.
-    return {"type": "function", "id": "flexmask1", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}
-
-
-def _with_text_as_arguments(call: Mapping) -> dict:
-    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return {**call, "function": {**call["function"], "arguments": arguments}}
-
-
-def _holds(text: str, *pieces: str) -> bool:
-    return all(piece in text for piece in pieces)

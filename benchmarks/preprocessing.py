@@ -28,25 +28,23 @@ from flexmask.demo import texts as texts_of
 from flexmask.demo import train_tokenizer
 from flexmask.passes import render_conversation
 from flexmask.passes.render import _Renderer
-from flexmask.sources import InMemory, open_source
+from flexmask.sources import open_source
 from flexmask.train import GENERATED_DATA, load_tokenizer
 
+DATA = "data.jsonl"
 PROCESSES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
     bench = Benchmark("preprocessing", __doc__)
-    draw_it = draw if bench.settings.datasets else draw_at_scale
+    draw_it = draw if "datasets" in bench.settings else draw_at_scale
     bench.run(lambda: fill(bench), lambda *axes: draw_it(bench.rows, *axes), width=11, panels=2)
 
 
 def fill(bench: Benchmark) -> None:
-    for what in bench.settings.datasets:
-        rows_of(bench, **what)
-    for what in bench.settings.overhead:
-        rows_of_overhead(bench, **what)
-    for what in bench.settings.at_scale:
-        rows_at_scale(bench, **what)
+    for key, rows in (("datasets", rows_of), ("overhead", rows_of_overhead), ("at_scale", rows_at_scale)):
+        for what in vars(bench.settings).get(key, []):
+            rows(bench, **what)
 
 
 def rows_of(bench: Benchmark, name: str, dataset: str, tokenizer: str, count: int | None = None) -> None:
@@ -92,7 +90,6 @@ def rows_of(bench: Benchmark, name: str, dataset: str, tokenizer: str, count: in
 
 
 def draw(rows: list[dict], share, speed) -> None:
-    rows = [row for row in rows if "share" in row]
     bars(share, rows, "stage", "dataset", "share")
     bars(speed, rows, "stage", "dataset", "tokens/s")
     share.set(ylabel="share of the time")
@@ -103,8 +100,9 @@ def draw(rows: list[dict], share, speed) -> None:
 def rows_of_overhead(bench: Benchmark, name: str, count: int) -> None:
     """What trees and Arrow take beyond reading, rendering and tokenising: both take turns every few conversations, and what
     counts is processor time, because other work on the machine counts in the other."""
-    conversations = generate_conversations(count)
-    source, maker = InMemory(name, conversations), tree_maker(train_tokenizer(texts_of(conversations[:500])))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in the processes of a preparation
+    folder = tempfile.TemporaryDirectory()
+    source, maker = open_source(written(folder.name, count)), tree_maker(AutoTokenizer.from_pretrained(folder.name))
 
     def plain(indices: range) -> None:
         for record in source.read(indices.start, indices.stop):
@@ -118,12 +116,13 @@ def rows_of_overhead(bench: Benchmark, name: str, count: int) -> None:
     for _ in range(bench.settings.repeats):
         seconds = {plain: 0.0, whole: 0.0}
         with tempfile.TemporaryFile() as file, pa.ipc.new_file(file, _SCHEMA) as writer:
-            for start in range(0, count, CHUNK):
+            for first in range(0, count, CHUNK):
                 for do in seconds:
                     before = time.process_time()
-                    do(range(start, min(start + CHUNK, count)))
+                    do(range(first, min(first + CHUNK, count)))
                     seconds[do] += time.process_time() - before
         rounds.append(tuple(seconds.values()))
+    folder.cleanup()
     measured = [spread(list(column)) for column in zip(*rounds)]
     for what, seconds in zip(("read, render and tokenise", "prepare"), measured):
         bench.add(
@@ -136,11 +135,7 @@ def rows_at_scale(bench: Benchmark, name: str, count: int) -> None:
     """Rows for preparing `count` conversations of a file, and for starting again; each in a process of its own that loads
     everything anew."""
     with tempfile.TemporaryDirectory() as folder:
-        with open(f"{folder}/data.jsonl", "w") as lines:
-            for seed in range(-(-count // 1000)):
-                for conversation in generate_conversations(min(1000, count - seed * 1000), seed=seed):
-                    lines.write(json.dumps(conversation) + "\n")
-        train_tokenizer(texts_of(generate_conversations(500))).save_pretrained(f"{folder}/tokenizer")
+        written(folder, count)
         for stage in (f"prepare, {PROCESSES} processes", "start again"):
             start = time.perf_counter()
             found = in_own_process("preprocessing.py", "start", folder, str(bench.settings.max_tokens))
@@ -155,12 +150,22 @@ def rows_at_scale(bench: Benchmark, name: str, count: int) -> None:
             )  # fmt: skip
 
 
+def written(folder: str, count: int) -> str:
+    """The name of a file of generated conversations, with a tokenizer beside it."""
+    with open(f"{folder}/{DATA}", "w") as lines:
+        for seed in range(-(-count // 1000)):
+            for conversation in generate_conversations(min(1000, count - seed * 1000), seed=seed):
+                lines.write(json.dumps(conversation) + "\n")
+    train_tokenizer(texts_of(generate_conversations(500))).save_pretrained(folder)
+    return lines.name
+
+
 def start(folder: str, max_tokens: int) -> dict:
     """What a rank does before it trains, and 100 batches."""
-    tokenizer, cache = AutoTokenizer.from_pretrained(f"{folder}/tokenizer"), Path(folder) / "cache"
+    tokenizer, cache = AutoTokenizer.from_pretrained(folder), Path(folder) / "cache"
     maker = tree_maker(tokenizer, max_length=max_tokens, max_tokens=max_tokens)
     begin = time.perf_counter()
-    prepared = prepare(open_source(f"{folder}/data.jsonl"), maker, cache_dir=cache, progress=False)
+    prepared = prepare(open_source(f"{folder}/{DATA}"), maker, cache_dir=cache, progress=False)
     rows = pack(prepared.trees, max_tokens)
     seconds = time.perf_counter() - begin
     collator = OnePassCollator(tokenizer, max_tokens)

@@ -20,7 +20,11 @@ ROLE_NAMES = {role: role for role in ROLES} | {
     "model": "assistant",
     "function": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "observation": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+    "chatgpt": "assistant",
 }
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_FLAGS = ("train", "loss", "training")
@@ -30,8 +34,18 @@ WEIGHTS = ("weight", "reasoning_weight")
 _TOOLS = ("tools", "functions", "tool_defs")
 _SYSTEM = ("system", "system_prompt")
 _READ = {"messages", "conversations", "prompt", "completion", "chat_template_kwargs", *_TOOLS, *_SYSTEM}
+_OF_A_REQUEST = {"add_generation_prompt", "continue_final_message", "tokenize"}  # to a server; training decides itself
+_RESERVED = {
+    "messages",
+    "conversation",
+    "tools",
+    "chat_template",
+    "padding",
+    "truncation",
+    "return_tensors",
+}
 # Keys to which others give a meaning that would be lost here, and which values mean something. Of a record, then of a message.
-_MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio", "objects")
+_MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio")
 
 
 def _is_given(value) -> bool:
@@ -40,7 +54,7 @@ def _is_given(value) -> bool:
 
 _MEANT = {
     **dict.fromkeys(_MEDIA, (_is_given, "is for models of other media")),
-    **dict.fromkeys(("label", "kto_tag"), (lambda value: isinstance(value, bool), "is for preference training")),
+    **dict.fromkeys(("label", "kto_tag"), (lambda value: value is False, "says that the answer is not wanted")),
     "rejected_response": (_is_given, "is for preference training"),
     **dict.fromkeys(
         ("weight", "loss_weight", "sample_weight"),
@@ -55,13 +69,15 @@ _MEANT_IN_MESSAGE = {
         ("training_detail", "train_detail", "loss_mask"),
         (_is_given, "trains parts of a message, which is not supported"),
     ),
-    "loss_scale": (lambda value: value != 1, "is read as weight; rename it"),
+    "loss_scale": (lambda value: value != 1, "is not read; call it weight"),
     "prefix": (_is_given, "continues a message, which is not supported"),
     "refusal": (_is_given, "stands in for the content; move it there, or leave the message out"),
 }
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
 _THINK = re.compile(r"</?think>")
-_CLOSED_BLOCK = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
+# A block before the answer; or what a server leaves of it where the prompt opened it, on lines of its own.
+_BLOCK = re.compile(r"\s*<think>(.*?)</think>(?:[ \t]*\n+|[ \t]+|$)?", re.DOTALL)
+_CLOSED_BLOCK = re.compile(r"(.*?)(?:\n</think>[ \t]*\n*|</think>(?:[ \t]*\n+|$))", re.DOTALL)
 
 NOTHING_TO_TRAIN = 'no assistant message to train (none at all, or all have "train": false or weight 0)'
 
@@ -109,17 +125,18 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
         raise ConversationError(f"is {type(record).__name__}, expected an object with messages")
     record = {key: value for key, value in record.items() if value is not None}
     for ours, theirs in columns.items():
-        if theirs not in record:
+        if theirs in record:
+            record[ours] = record.pop(theirs)
+        elif ours in ("messages", "conversations", "prompt", "completion"):
             raise ConversationError(f"has the keys {_keys(record)}, expected {theirs} (which holds {ours})")
-        record[ours] = record.pop(theirs)
     written, names = _written_messages(record)
     system = _one_of(record, _SYSTEM)
     if system is not None and not isinstance(system, str):
         raise ConversationError(f"system is {type(system).__name__}, expected a string")
-    if system and not (
-        isinstance(written[0], Mapping) and written[0].get("content", written[0].get("value")) == system
-    ):
-        if isinstance(written[0], Mapping) and "system" in (written[0].get("role"), written[0].get("from")):
+    first = written[0] if isinstance(written[0], Mapping) else {}
+    begins_with_system = "system" in (first.get("role"), first.get("from"))
+    if system and not (begins_with_system and first.get("content", first.get("value")) == system):
+        if begins_with_system:
             raise ConversationError("has a system column and a system message that differ, expected one of them")
         written, names = [{"role": "system", "content": system}, *written], ["system column", *names]
 
@@ -147,16 +164,24 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
     tools = read_tools(_one_of(record, _TOOLS))
     if tools:
         conversation["tools"] = tools
-    arguments = _parsed(record.get("chat_template_kwargs", {}), "chat_template_kwargs", Mapping, "an object")
+    arguments = _parsed(record.get("chat_template_kwargs") or {}, "chat_template_kwargs", Mapping, "an object")
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    for key in arguments.keys() & _OF_A_REQUEST:
+        del arguments[key]
+        conversation.ignored = [*conversation.ignored, f"chat_template_kwargs.{key}"]
+    for key in arguments.keys() & _RESERVED:
+        raise ConversationError(
+            f"chat_template_kwargs has {key!r}, which is a column of the record or an option of the run"
+        )
     if arguments:
-        conversation["chat_template_kwargs"] = {key: value for key, value in arguments.items() if value is not None}
+        conversation["chat_template_kwargs"] = arguments
     return conversation
 
 
 def _written_messages(record: Mapping) -> tuple[list, list[str]]:
     """The messages as they were written, and what to call them."""
     for key in ("messages", "conversations"):
-        if key in record:
+        if key in record and (record[key] != [] or "conversations" not in record or key == "conversations"):
             written = _parsed(record[key], key, Sequence, "a list of messages")
             if not written:
                 raise ConversationError("the conversation is empty")
@@ -184,7 +209,7 @@ def _written_messages(record: Mapping) -> tuple[list, list[str]]:
 
 def _one_of(record: Mapping, names: Sequence[str]):
     """The value of a column that has several names."""
-    given = {name: record[name] for name in names if record.get(name) not in (None, "", [])}
+    given = {name: record[name] for name in names if record.get(name) not in (None, "", [], {})}
     values = list(given.values())
     if any(value != values[0] for value in values):
         raise ConversationError(f"has {' and '.join(given)}, which differ; expected one of them")
@@ -217,6 +242,8 @@ def read_tools(tools) -> list[dict]:
         ConversationError: not that, or a tool without a name.
     """
     read = []
+    if isinstance(tools, str) and tools.strip() == "null":
+        tools = None
     for i, tool in enumerate(_parsed([] if tools is None else tools, "tools", Sequence, "a list")):
         tool = _parsed(tool, f"tools[{i}]", Mapping, "an object")
         function = tool.get("function", tool)
@@ -265,7 +292,10 @@ def reasoning_of(message: Mapping) -> str:
 
 
 def without_nulls(value):
-    """Without the keys whose value is null, at any depth: Arrow puts them where another row has the key."""
+    """Without the keys whose value is null, at any depth: Arrow puts them where another row has the key. Values of numpy and
+    pandas become Python's own."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -299,15 +329,17 @@ def _message(message, name: str) -> dict:
         if "value" in message:
             message["content"] = message.pop("value")
     written = message.get("role")
-    role = ROLE_NAMES.get(written) if isinstance(written, str) else None
+    role = ROLE_NAMES.get(written.lower()) if isinstance(written, str) else None
     if role is None:
         raise ConversationError(f"{name}: role is {written!r}, expected one of {', '.join(ROLES)}")
     where = f"{name} ({role})"
     for key, (is_meant, why) in _MEANT_IN_MESSAGE.items():
         if key in message and is_meant(message[key]):
             raise ConversationError(f"{where}: has a key {key!r}, which {why}")
-    if written == "function_call":
-        message["function_call"] = _parsed(message.pop("content", None), f"{where}: value", object, "a call")
+    if written.lower() in ("function_call", "tool_call"):
+        thought, end, text = (value if isinstance(value := message.get("content"), str) else "").rpartition("</think>")
+        message["function_call"] = _parsed(text if end else message.get("content"), f"{where}: value", object, "a call")
+        message["content"] = thought + end
     message["role"] = role
     _read_training(message, where)
     if role == "assistant":
@@ -341,7 +373,7 @@ def _read_training(message: dict, where: str) -> None:
 
 def _read_calls(message: dict, where: str) -> None:
     """`tool_calls`: a list of `{"type": "function", "function": {"name": …, "arguments": {…}}}`, ids kept; gone if empty."""
-    calls = _parsed(message.pop("tool_calls", []), f"{where}: tool_calls", Sequence, "a list")
+    calls = _parsed(message.pop("tool_calls", None) or [], f"{where}: tool_calls", Sequence, "a list")
     legacy = message.pop("function_call", None)
     if legacy:
         if calls:
@@ -361,6 +393,10 @@ def _call(call, where: str) -> dict:
         arguments = {}
     of = f"{where}: the arguments of its call of {function['name']!r}"
     arguments = dict(_parsed(arguments, of, Mapping, "an object"))
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConversationError(f"{of} are no JSON: {error}") from error
     rest = {} if function is call else {key: value for key, value in call.items() if value is not None}
     rest |= {"id": call["id"]} if function is call and call.get("id") is not None else {}
     return rest | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -369,6 +405,8 @@ def _call(call, where: str) -> dict:
 def _read_content(message: dict, where: str) -> list[str]:
     """`content`: a text, or a list of text parts. Returns the reasoning that stood among the parts."""
     content = message.get("content")
+    if message["role"] == "tool" and (content is None or isinstance(content, Mapping)):
+        content = message["content"] = "" if content is None else json.dumps(content, ensure_ascii=False, default=str)
     if isinstance(content, str):
         return []
     if not isinstance(content, list):
@@ -413,6 +451,8 @@ def _read_reasoning(message: dict, from_parts: list[str], where: str) -> None:
     """Reasoning, from wherever it stands, into each of the fields: a template reads one of them and ignores the others."""
     given = {field: message.pop(field) for field in REASONING_FIELDS if field in message}
     for field, reasoning in given.items():
+        if isinstance(reasoning, list):
+            given[field] = reasoning = _thinking({field: reasoning}, field, where)
         if not isinstance(reasoning, str):
             raise ConversationError(f"{where}: {field} is {type(reasoning).__name__}, expected a string")
     details = message.pop("reasoning_details", None)
@@ -421,7 +461,9 @@ def _read_reasoning(message: dict, from_parts: list[str], where: str) -> None:
     if from_parts:
         given["content"] = "\n".join(from_parts)
     content = text_of(message)
-    inline = _CLOSED_BLOCK.match(content) if "</think>" in content else None
+    inline = (_BLOCK.match(content) or _CLOSED_BLOCK.match(content)) if "</think>" in content else None
+    if inline and not is_trained(message) and _THINK.search(content[inline.end() :]):
+        inline = None  # such a message stays as it is
     if inline:
         if "content" in given and inline[1].strip():
             raise ConversationError(f"{where}: content has a thinking part and a <think> block, expected one of them")

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -220,7 +221,7 @@ def refused(text, *records):
         *refused("part {'type': 'thinking'", {"messages": [Q | {"content": [{"type": "thinking", "thinking": "T"}]}, A]}),
         *refused("part 5, expected parts of type text", {"messages": [Q | {"content": [5]}, A]}),
         *refused("has a key 'images'", {"messages": [Q | {"images": ["x"]}, A]}, {"messages": [Q, A], "images": ["x"]}),
-        *refused("has a key 'label', which is for preference", {"messages": [Q, A], "label": False}),
+        *refused("has a key 'label', which says that the answer is not wanted", {"messages": [Q, A], "label": False}),
         *refused("has a key 'loss_mask'", {"messages": [Q, A | {"loss_mask": [1]}]}),
         *refused("<think> is not closed", {"messages": [Q, A | {"content": "<think>I was cut off"}]}),
         *refused(
@@ -247,13 +248,82 @@ def refused(text, *records):
         *refused(r"tools\[0\] is \{\}, expected a function with a name", {"messages": [Q, A], "tools": [{}]}),
         *refused("tools and functions, which differ", {"messages": [Q, A], "tools": TOOLS, "functions": [1]}),
         *refused("system column and a system message", {"system": "S", "messages": [{"role": "system", "content": "T"}, Q, A]}),
-        *refused("chat_template_kwargs is list", {"messages": [Q, A], "chat_template_kwargs": []}),
+        *refused("chat_template_kwargs is list", {"messages": [Q, A], "chat_template_kwargs": [1]}),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_an_error_that_says_so(record, text):
     with pytest.raises(ConversationError, match=f"here: .*{text}") as error:
         read_conversation(record, "here")
     assert "\n" not in str(error.value)
+
+
+def test_a_system_column_is_not_lost_where_a_user_says_the_same():
+    read = read_conversation({"system": "Q", "messages": [Q, A]})["messages"]
+    assert [message["role"] for message in read] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "content, reasoning, answer",
+    [
+        ("T\n</think>\n\n    code", "T", "    code"),
+        ("<think>T</think> A", "T", "A"),
+        ("T</think>\nA", "T", "A"),
+        ("<think>\nT\n</think>", "T", ""),
+        ("<think>\n\n</think>\n\nA", "", "A"),
+    ],
+)
+def test_reasoning_in_the_content(content, reasoning, answer):
+    [_, message] = read_messages([Q, A | {"content": content}])
+    assert (message.get("reasoning_content", ""), message["content"]) == (reasoning, answer)
+    assert read_messages([Q, message])[1] == message
+
+
+def test_a_tag_inside_a_sentence_is_no_thought():
+    with pytest.raises(ConversationError, match="</think> stands inside its text"):
+        read_messages([Q, A | {"content": "In Qwen3 the tag </think> ends a thought."}])
+    two = A | {"content": "a</think>b\n</think>\nc</think>d", "train": False}
+    once = read_messages([Q, two, Q, A])
+    assert read_messages(once) == once and once[1]["content"] == two["content"]
+
+
+def test_what_else_is_read():
+    """Each of these was refused, or lost in silence."""
+    read = read_conversation({"messages": [], "conversations": [Q, A], "tools": "null", "chat_template_kwargs": ""})
+    assert len(read["messages"]) == 2 and "tools" not in read
+    assert read_conversation({"messages": [Q, A], "label": True, "objects": ["cup"]}).ignored == ["label", "objects"]
+    read = read_conversation({"messages": [Q, A], "chat_template_kwargs": {"tokenize": False, "thinking": True}})
+    assert read["chat_template_kwargs"] == {"thinking": True} and read.ignored == ["chat_template_kwargs.tokenize"]
+    with pytest.raises(ConversationError, match="chat_template_kwargs has 'tools', which is a column"):
+        read_conversation({"messages": [Q, A], "chat_template_kwargs": {"tools": []}})
+    assert "tools" not in read_conversation({"messages": [Q, A]}, "", {"tools": "apis"})
+    call = {"from": "tool_call", "value": "<think>\nT\n</think>\n" + json.dumps(FUNCTION)}
+    result = {"from": "tool_response", "value": {"sum": 3}}
+    [_, call, result] = read_messages([Q, call, result])
+    assert (call["reasoning_content"], call["tool_calls"][0]["function"]) == ("T", FUNCTION)
+    assert result["content"] == '{"sum": 3}'
+    [_, message] = read_messages([Q, A | {"reasoning": [{"type": "text", "text": "T"}]}])
+    assert message["thinking"] == "T"
+    with pytest.raises(ConversationError, match="arguments of its call of 'f' are no JSON"):
+        read_messages([Q, A | {"tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}])
+
+
+def test_values_of_numpy():
+    messages = np.array([Q, A | {"train": np.bool_(True), "weight": np.float32(0.5)}], dtype=object)
+    [p] = render_conversation({"messages": messages, "tools": np.array([])}, tokenizer("qwen3"))
+    assert p.weight == 0.5
+
+
+def test_the_caller_keeps_what_was_handed_over():
+    for form in FORMS:
+        record = changed(form)
+        before = copy.deepcopy(record)
+        passes(record)
+        assert record == before
+
+
+def test_half_a_surrogate_pair_is_an_error_of_ours():
+    with pytest.raises(ConversationError, match=r"here: .*cannot be tokenised"):
+        passes({"messages": [Q, A | {"content": "\ud83d"}]})
 
 
 def test_tools_of_other_apis():

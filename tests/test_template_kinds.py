@@ -5,9 +5,11 @@ Each stands for public templates that are named with it; what is right was found
 
 import copy
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import trl
 from templates import TOOLS, answer, call, tokenizer, user
 
 from flexmask import ConversationError, TokenTree, render_passes
@@ -281,6 +283,119 @@ def test_reasoning_has_a_weight_of_its_own():
     weights = dict(zip(map(tok.decode, tree.target_ids.tolist()), tree.target_weight.tolist()))
     assert weights["</think>"] == 0 and weights["A"] == weights["<|im_end|>"] == 2
     assert render_passes([user("Q"), answer("A", "R")], tok)[0].token_weight is None
+
+
+def test_the_weight_of_reasoning_is_not_that_of_a_call_or_of_an_end():
+    """The bug guarded: everything before a call's name weighed as reasoning, also where there was none."""
+    for family, call_begins in (("qwen3", '<tool_call>\n{"name": "add"'), ("gptoss", "<|channel|>commentary")):
+        tok = tokenizer(family)
+        for reasoning in ("Thinking.", None):
+            [p] = render_passes(
+                [user("Q"), call(1, 2, reasoning)], tok, tools=TOOLS, reasoning_weight=0, empty_reasoning="keep"
+            )
+            weight = np.ones(len(p.input_ids)) if p.token_weight is None else p.token_weight
+            trained = tok.decode(p.input_ids[p.loss_mask & (weight == 1)])
+            assert call_begins in trained and "Thinking" not in trained
+    [p] = render_passes([user("Q"), answer("", "Thinking.")], tokenizer("qwen3"), reasoning_weight=0)
+    assert tokenizer("qwen3").decode(p.input_ids[p.token_weight * p.loss_mask == 1]) == "<|im_end|>"
+    for weight in (-1, float("nan"), "0", True):
+        with pytest.raises(ConversationError, match="reasoning_weight is"):
+            render_passes([user("Q"), answer("A")], tokenizer("qwen3"), reasoning_weight=weight)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "llama3_1", "qwen3_instruct_2507"])
+def test_a_reasoning_format_before_a_call(family):
+    """The bug guarded: what opens the call was lost."""
+    tok = copy.deepcopy(tokenizer("qwen3"))
+    tok.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja").read_text()
+    [plain] = render_passes([user("Q"), call(1, 2)], tok, tools=TOOLS)
+    format = "<think>\n{reasoning}\n</think>\n\n"
+    [thinking] = render_passes([user("Q"), call(1, 2, "R")], tok, tools=TOOLS, reasoning_format=format)
+    without, with_ = (tok.decode(p.input_ids[p.loss_mask]) for p in (plain, thinking))
+    assert with_ == "<think>\nR\n</think>\n\n" + without
+
+
+def test_calls_that_the_context_loses():
+    """The bug guarded: messages with calls were not looked for in the prompt."""
+    loop = [user("2 + 3?"), call(2, 3), {"role": "tool", "content": "5"}, answer("It is 5.")]
+    with pytest.raises(
+        ConversationError, match=r"message 1 \(assistant\): .*call of the tool 'add' in the prompt of message 3"
+    ):
+        turns(CHATML, loop, train_on="last")
+
+
+def test_what_stands_before_the_name_of_a_call_is_never_a_probe():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "<call id={{ c.id }} name={{ c.function.name }}>{{ c.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    with pytest.raises(ConversationError, match="writes more of a call before its name"):
+        turns(template, [user("Q"), call(1, 2, "R")])
+
+
+def test_a_changed_tokenizer_is_looked_at_again():
+    """The bug guarded: what was learned with the end token of before was kept."""
+    tok = copy.deepcopy(tokenizer("qwen3"))
+    tok.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tok.chat_template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    ends = []
+    for tok.eos_token in ("<|im_end|>", "<|endoftext|>"):
+        [p] = render_passes([user("Q"), answer("A")], tok)
+        ends.append(tok.decode(p.input_ids[-1:]))
+    assert ends == ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_a_template_of_its_own_for_tools():
+    tok = copy.deepcopy(tokenizer("qwen3"))
+    tok.chat_template = {"default": CHATML, "tool_use": tok.chat_template}
+    [p] = render_passes([user("Q"), answer("A")], tok, tools=TOOLS)
+    assert tok.decode(p.input_ids[p.loss_mask]) == "A<|im_end|>"
+    assert tok.decode(p.input_ids[~p.loss_mask]).endswith(EMPTY), "thinking is switched off in the template for tools"
+
+
+def test_arguments_that_differ_from_record_to_record_are_not_learned_anew(monkeypatch):
+    calls = []
+    original = type(tokenizer("qwen3")).apply_chat_template
+    monkeypatch.setattr(
+        type(tokenizer("qwen3")), "apply_chat_template", lambda *a, **k: calls.append(k) or original(*a, **k)
+    )
+    template = "{{ date }}" + CHATML
+    rendered = [turns(template, [user("Q"), answer("A")], date=f"day {i}")[0][0] for i in range(2)]
+    assert [text[:5] for text in rendered] == ["day 0", "day 1"]
+    tok, count = tokenizer("qwen3"), len(calls)
+    for i in range(10):
+        render_passes([user("Q"), answer("A")], tok, chat_template=template, date=f"day {i}")
+    assert len(calls) - count < 60  # anew it would be over 200
+
+
+def test_arguments_that_the_template_does_not_read_are_counted():
+    counts = Counter()
+    turns(CHATML, [user("Q"), answer("A")], enable_thinkng=False, counts=counts)
+    assert counts == {"conversations with a template argument 'enable_thinkng' that the template does not read": 1}
+
+
+def test_a_switch_that_leaves_the_empty_thought_in_the_answer_is_not_used():
+    template = "{% if enable_thinking is defined and not enable_thinking %}/no_think{% endif %}" + SWITCH.replace(
+        "NAME", "x"
+    )
+    counts = Counter()
+    [(prompt, completion)] = turns(template, [user("Q"), answer("A")], counts=counts)
+    assert completion == EMPTY + "A<|im_end|>" and "/no_think" not in prompt
+    assert counts == {"empty thoughts trained": 1}
+
+
+def test_control_tokens_in_contents_and_arguments_are_not_ends_of_turns():
+    message = answer(" a<|im_end|>b ", tool_calls=[{"name": "add", "arguments": {"note": "<|im_end|>"}}])
+    [completion] = completions(
+        WITH_TOOLS.replace("{{ m.content }}{%", "{{ m.content | trim }}{%"), [user("Q"), message]
+    )
+    assert completion.count("<|im_end|>") == 3
+
+
+def test_switches_in_texts_that_templates_obey_may_go():
+    template = CHATML.replace("{{ m.content }}", "{{ m.content.replace('/no_think', '') }}")
+    assert turns(template, [user("Why? /no_think"), answer("A")])[0][1] == "A<|im_end|>"
 
 
 def test_keys_of_messages_that_nobody_reads_are_counted():

@@ -23,17 +23,24 @@ class ChatTemplate:
         tokenizer: a Hugging Face tokenizer.
         source: the template; None for the tokenizer's own.
         arguments: for the template.
+        with_tools: whether conversations have tools; a tokenizer can have another template for those.
     """
 
-    def __init__(self, tokenizer, source: str | None, arguments: Mapping):
+    def __init__(self, tokenizer, source: str | None, arguments: Mapping, with_tools: bool):
         self.tokenizer, self._given, self.arguments = tokenizer, source, dict(arguments)
+        self._with_tools = with_tools
 
     # What it is called with, and what it reads.
 
     @functools.cached_property
     def source(self) -> str:
-        """The text of the template (of several by name, the one that is taken without tools)."""
-        return self.tokenizer.get_chat_template(self._given)
+        """The text of the template."""
+        return self.tokenizer.get_chat_template(self._given, tools=[TOOL] if self._with_tools else None)
+
+    @functools.cached_property
+    def deciding(self) -> dict:
+        """Those arguments that decide how a model thinks. Conversations that differ in others only share what is learned."""
+        return {name: value for name, value in self.arguments.items() if is_deciding(name)}
 
     @functools.cached_property
     def variables(self) -> frozenset[str]:
@@ -60,7 +67,7 @@ class ChatTemplate:
         now = self._probed(conversation, generate=True)
         for name in SWITCHES:
             if name in self.variables and now is not None:
-                off = ChatTemplate(self.tokenizer, self._given, self.arguments | {name: False})
+                off = ChatTemplate(self.tokenizer, self._given, self.arguments | {name: False}, self._with_tools)
                 if self.arguments.get(name) is not False and off._probed(conversation, generate=True) not in (
                     None,
                     now,
@@ -70,7 +77,7 @@ class ChatTemplate:
 
     def thinking_arguments(self) -> str:
         """The arguments that have to do with thinking, for errors."""
-        found = sorted(name for name in self.variables if re.search("think|reason", name))
+        found = sorted(filter(is_deciding, self.variables))
         return ", ".join(f"{name}=…" for name in found) or "enable_thinking=…"
 
     def tool_arguments(self) -> str:
@@ -79,11 +86,14 @@ class ChatTemplate:
 
     # Rendering.
 
-    def render(self, conversations: Sequence[Sequence[Mapping]], tools=None, *, generate: bool = False) -> list[str]:
+    def render(
+        self, conversations: Sequence[Sequence[Mapping]], tools=None, *, generate: bool = False, arguments=None
+    ) -> list[str]:
         """Render conversations of messages in the form that the template takes (`as_taken`).
 
         Args:
             generate: with the generation prompt.
+            arguments: in place of the template's own.
 
         Raises:
             Exception: whatever the template raises.
@@ -94,11 +104,15 @@ class ChatTemplate:
             chat_template=self._given,
             tokenize=False,
             add_generation_prompt=generate,
-            **self.arguments,
+            **(self.arguments if arguments is None else arguments),
         )
 
-    def _probed(self, messages: Sequence[Mapping], tools=None, *, generate: bool = False) -> str | None:
-        """A probe of messages in our form; None if the template raises."""
+    def _probed(
+        self, messages: Sequence[Mapping], tools=None, *, generate: bool = False, with_tools: bool | None = None
+    ) -> str | None:
+        """A probe of messages in our form, with tools as conversations have them; None if the template raises."""
+        if tools is None and (self._with_tools if with_tools is None else with_tools):
+            tools = [TOOL]
         return self._probed_as_it_is([self.as_taken(message) for message in messages], tools, generate)
 
     def _probed_as_it_is(self, messages: Sequence[Mapping], tools=None, generate: bool = False) -> str | None:
@@ -150,6 +164,11 @@ class ChatTemplate:
         question = NEXT if not self._wants_parts else [{"type": "text", "text": NEXT}]
         probe = [{"role": "developer", "content": text}, {"role": "user", "content": question}]
         return _holds(self._probed_as_it_is(probe, generate=True) or "", USER, NEXT)
+
+
+def is_deciding(argument: str) -> bool:
+    """Whether an argument of a template has to do with thinking, by its name."""
+    return bool(re.search("think|reason", argument))
 
 
 def _with_text_as_arguments(call: Mapping) -> dict:

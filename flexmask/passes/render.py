@@ -11,17 +11,20 @@ template does show, and what comes before it from short conversations in which i
 
 from __future__ import annotations
 
-import functools
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from transformers.utils import get_json_schema
 
 from ..messages import (
     NOTHING_TO_TRAIN,
+    REASONING_FIELDS,
+    WEIGHTS,
     Conversation,
     ConversationError,
     is_trained,
@@ -38,17 +41,7 @@ from .template import Mismatch, Template, template_of
 TRAIN_ON = ("all", "last")
 EMPTY_REASONING = ("prompt", "keep", "drop", "error")
 # Keys of a message that are read here, whatever the template reads.
-_READ = {
-    "role",
-    "content",
-    "train",
-    "weight",
-    "reasoning_weight",
-    "tool_calls",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-}
+_READ = {"role", "content", "train", "tool_calls", *WEIGHTS, *REASONING_FIELDS}
 
 
 @dataclass(frozen=True)
@@ -139,13 +132,12 @@ def render_conversation(conversation, tokenizer, *, counts: Counter | None = Non
         conversation = without_nulls(conversation)
         record = conversation if isinstance(conversation, Mapping) else {"messages": conversation}
         conversation = read_conversation(record)
-    names = ("chat_template", "reasoning_format", "end_of_turn", "train_on", "empty_reasoning", "reasoning_weight")
-    chosen = _Options(**{name: options.pop(name) for name in names if name in options})
+    chosen = _Options(**{field.name: options.pop(field.name) for field in fields(_Options) if field.name in options})
     arguments = options | conversation.get("chat_template_kwargs", {})
     try:
         counts = Counter() if counts is None else counts
         return _Renderer(conversation, tokenizer, chosen, arguments, counts).passes()
-    except (ConversationError, TypeError) as error:  # of tokenizers, for half of a surrogate pair
+    except ConversationError as error:
         raise ConversationError(f"{conversation.origin}: {error}" if conversation.origin else str(error)) from error
 
 
@@ -173,6 +165,9 @@ class _Options:
                 f"the tokenizer {tokenizer.name_or_path!r} has no chat template; pass chat_template=… (a Jinja template; "
                 "--chat_template_path on the command line)"
             )
+        weight = self.reasoning_weight
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ConversationError(f"reasoning_weight is {weight!r}, expected a number that is not negative")
         end = self.end_of_turn
         if end is not None and len(tokenizer(end, add_special_tokens=False)["input_ids"]) != 1:
             raise ConversationError(f"end_of_turn is {end!r}, which is not one token of the tokenizer")
@@ -202,7 +197,10 @@ class _Renderer:
             options,
             counts,
         )
-        self._template = template_of(tokenizer, options.chat_template, options.reasoning_format, arguments)
+        self._arguments = dict(arguments)
+        self._template = template_of(
+            tokenizer, options.chat_template, options.reasoning_format, arguments, bool(self._tools)
+        )
 
     def passes(self) -> list[Pass]:
         turns = self._turns()
@@ -223,7 +221,7 @@ class _Renderer:
             turn = _Turn(i, Kind.of(self._messages[:i], self._messages[i]), self._template)
             if not (turn.kind.reasoning or turn.kind.content or turn.kind.calls):
                 raise self._error(i, 'has nothing to train (no content, no reasoning, no call); mark it "train": false')
-            if not turn.kind.reasoning and self._writes_empty_thought(turn):
+            if not turn.kind.reasoning and self._writes_empty_thought(turn, turn.template):
                 if self._options.empty_reasoning == "error":
                     raise self._error(
                         i,
@@ -233,8 +231,10 @@ class _Renderer:
                     self._counts["empty thoughts: messages not trained"] += 1
                     continue
                 if self._options.empty_reasoning == "prompt" and self._template.switch:
-                    turn.template = self._template.with_arguments(**{self._template.switch: False})
-                    self._counts["empty thoughts in the prompt"] += 1
+                    switched_off = self._template.with_arguments(**{self._template.switch: False})
+                    if not self._writes_empty_thought(turn, switched_off):
+                        turn.template = switched_off
+                        self._counts["empty thoughts in the prompt"] += 1
             turns.append(turn)
         if not turns:
             raise ConversationError(
@@ -242,9 +242,10 @@ class _Renderer:
             )
         return turns
 
-    def _writes_empty_thought(self, turn: _Turn) -> bool:
+    def _writes_empty_thought(self, turn: _Turn, template: Template) -> bool:
         try:
-            return turn.template.lead(turn.kind).thinks
+            lead = template.lead(turn.kind)
+            return template.thinks(lead.before + lead.after)
         except ConversationError:
             return False
 
@@ -290,7 +291,7 @@ class _Renderer:
         text = text_of(message)
         space = text[: len(text) - len(text.lstrip())]  # which belongs to the content, where the template leaves it
         at -= len(space) if answered[:at].endswith(space) else 0
-        return lead.before + reasoning_of(message).strip() + lead.after, unmarked(answered[at:])
+        return lead.text(reasoning_of(message).strip()), unmarked(answered[at:])
 
     def _is_usual(self, turn: _Turn, shown: tuple[str, str]) -> bool:
         """Whether a message is led in as any other: a template may write no prompt for a first message, or a second in a row."""
@@ -298,18 +299,22 @@ class _Renderer:
             lead = turn.template.lead(turn.kind)
         except ConversationError as error:
             raise self._error(turn.index, str(error)) from error
-        return shown == (lead.before, lead.after)
+        return "".join(shown) == lead.text("")
 
     def _apply(self, template: Template, conversations, turns: Sequence[_Turn], *, generate: bool = False) -> list[str]:
         try:
-            return template.render(conversations, self._tools, generate=generate)
+            return self._rendered(template, conversations, self._tools, generate)
         except Exception:
             for messages, turn in zip(conversations, turns):  # which one was it?
                 try:
-                    template.render([messages], self._tools, generate=generate)
+                    self._rendered(template, [messages], self._tools, generate)
                 except Exception as error:
                     raise self._failed(messages, turn, error, generate) from error
             raise
+
+    def _rendered(self, template: Template, conversations, tools, generate: bool) -> list[str]:
+        # A Template is shared by conversations that differ in arguments that do not decide how an answer is written.
+        return template.render(conversations, tools, generate=generate, arguments=self._arguments | template.deciding)
 
     def _failed(self, messages, turn: _Turn, error: Exception, generate: bool) -> ConversationError:
         if not messages:
@@ -329,7 +334,7 @@ class _Renderer:
             return
         context = [turn.template.as_taken(message) for message in self._messages[: turn.index]]
         try:
-            [without] = turn.template.render([context], generate=True)
+            [without] = self._rendered(turn.template, [context], None, True)
         except Exception:  # a template that cannot do without tools renders them
             return
         for tool in self._tools:
@@ -343,24 +348,24 @@ class _Renderer:
                 )
 
     def _check_context(self, turn: _Turn) -> None:
-        """Every text before the last turn is in its prompt, as often as the messages hold it."""
+        """Every text before the last turn is in its prompt, as often as the messages hold it, and every call."""
         pieces = {}  # message -> texts that must be there
         for i, message in enumerate(self._messages[: turn.index]):
+            missing = _missing_in_calls(message, turn.prompt)
+            if missing:
+                raise self._error(i, f"{missing} in the prompt of {self._names[turn.index]}; {_TEMPLATE_WITH_TOOLS}")
             # Content beside calls is reasoning to some templates (gpt-oss), and goes as reasoning goes.
             if not message.get("tool_calls") and "</think>" not in text_of(message):
                 pieces[i] = _pieces(message)
         for i, texts in pieces.items():
             for text in texts:
                 expected = sum(other.count(text) for others in pieces.values() for other in others)
-                if turn.prompt.count(text) >= expected or _written_otherwise(text, turn.prompt):
-                    continue
-                if text in turn.prompt and self._messages[i]["role"] == "assistant":
-                    continue
-                raise self._error(
-                    i,
-                    f"the chat template does not render it (or not as it is) in the prompt of {self._names[turn.index]}; it "
-                    f"starts {text[:40]!r}; leave it out, move it, or pass a chat_template=… that renders it",
-                )
+                if turn.prompt.count(text) < expected and not _is_written_otherwise(text, turn.prompt):
+                    raise self._error(
+                        i,
+                        f"the chat template does not render it (or not as it is) in the prompt of {self._names[turn.index]}; "
+                        f"it starts {text[:40]!r}; leave it out, move it, or pass a chat_template=… that renders it",
+                    )
 
     def _check_completion(self, turn: _Turn) -> None:
         """Reasoning, content and calls of a message stand in its completion, one after the other, and one end of turn."""
@@ -369,29 +374,27 @@ class _Renderer:
             if text not in rest:
                 raise self._not_rendered(turn, turn.completion)
             rest = rest.replace(text, "", 1) if text else rest
-        end = next((token for token in turn.template.closing_tokens if turn.completion.endswith(token)), None)
-        if end and end in turn.completion[len(turn.lead) :].replace(text_of(message), "", 1).removesuffix(end):
-            raise self._error(
-                turn.index,
-                f"the chat template writes it as several turns ({end!r} stands inside); split the message, or pass a "
-                "chat_template=… that writes it as one",
-            )
-        for call in message.get("tool_calls", ()):
-            name = call["function"]["name"]
-            for piece in (name, *_leaves(call["function"]["arguments"])):
-                if piece not in rest and not _written_otherwise(piece, rest):
-                    raise self._error(
-                        turn.index,
-                        f"the chat template does not render its call of the tool {name!r}"
-                        + (f" as it is ({piece[:60]!r} is missing)" if piece != name else "")
-                        + "; pass a chat_template=… that supports tools (--chat_template_path on the command line)",
-                    )
-            rest = rest.replace(name, "", 1)
+        missing = _missing_in_calls(message, rest)
+        if missing:
+            raise self._error(turn.index, f"{missing}; {_TEMPLATE_WITH_TOOLS}")
         if turn.kind.content and turn.kind.calls and turn.template.splits_calls_from_content:
             raise self._error(
                 turn.index,
                 "the chat template writes its content and its calls in another order once their answers follow, so what "
                 "the model should generate is not known; move the content to a message of its own, or leave it out",
+            )
+        end = next((token for token in turn.template.closing_tokens if turn.completion.endswith(token)), "")
+        visible = turn.completion[len(turn.lead) :].removesuffix(end)
+        for text in (
+            *_pieces(message),
+            *_leaves([call["function"]["arguments"] for call in message.get("tool_calls", ())]),
+        ):
+            visible = visible.replace(text, "")
+        if end and end in visible:
+            raise self._error(
+                turn.index,
+                f"the chat template writes it as several turns ({end!r} stands inside); split the message, or pass a "
+                "chat_template=… that writes it as one",
             )
 
     def _not_rendered(self, turn: _Turn, rendered: str) -> ConversationError:
@@ -400,8 +403,13 @@ class _Renderer:
             name = message["tool_calls"][0]["function"]["name"]
             return self._error(
                 turn.index,
-                f"the chat template does not render its call of the tool {name!r}; pass a chat_template=… that supports "
-                "tools (--chat_template_path on the command line)",
+                f"the chat template does not render its call of the tool {name!r}; {_TEMPLATE_WITH_TOOLS}",
+            )
+        if not turn.kind.content:
+            return self._error(
+                turn.index,
+                "has reasoning and no content, which the chat template does not show; give it its content, or mark it "
+                '"train": false',
             )
         text = text_of(message)
         return self._error(
@@ -414,6 +422,8 @@ class _Renderer:
         for turn in turns:
             if not turn.kind.reasoning and turn.template.thinks(turn.lead):
                 self._counts["empty thoughts trained"] += 1
+        for name in self._arguments.keys() - self._template.variables:
+            self._counts[f"conversations with a template argument {name!r} that the template does not read"] += 1
         words = self._template.words
         for message in self._messages:
             for key in message.keys() - _READ:
@@ -421,14 +431,17 @@ class _Renderer:
                     self._counts[f"messages with a key {key!r} that nobody reads"] += 1
 
     def _tokenize(self, turns: Sequence[_Turn]) -> list[Pass]:
-        anchor = _anchor(self._tokenizer, len(self._tokenizer))
+        anchor = self._template.anchor
         texts = [turn.prompt for turn in turns] + [anchor + turn.completion for turn in turns]
         weights = [self._messages[turn.index].get("reasoning_weight", self._options.reasoning_weight) for turn in turns]
         offsets = any(weight != 1 for weight in weights)
         if offsets and not self._tokenizer.is_fast:
             raise ConversationError("reasoning_weight needs a fast tokenizer, which tells where each token begins")
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        encoded = self._tokenizer(texts, return_offsets_mapping=offsets, **options)
+        try:
+            encoded = self._tokenizer(texts, return_offsets_mapping=offsets, **options)
+        except TypeError as error:
+            raise ConversationError(f"a text cannot be tokenised (half of a surrogate pair?): {error}") from error
         ids = encoded["input_ids"]
         skip = len(self._tokenizer(anchor, add_special_tokens=False)["input_ids"]) if anchor else 0
         passes = []
@@ -440,7 +453,8 @@ class _Renderer:
             if weights[k] != 1:
                 ends = np.array([end for _, end in encoded["offset_mapping"][len(turns) + k][skip:]])
                 token_weight = np.ones(len(loss_mask), np.float32)
-                token_weight[len(prompt) :][ends <= len(anchor) + len(turn.lead)] = weights[k]
+                thought, _ = turn.template.split_thought(turn.lead)
+                token_weight[len(prompt) :][ends <= len(anchor) + len(thought)] = weights[k]
             weight = float(self._messages[turn.index].get("weight", 1.0))
             passes.append(Pass(np.array(prompt + completion, np.int64), loss_mask, weight, token_weight))
         return passes
@@ -457,6 +471,21 @@ def _leaves(value) -> list[str]:
     return [value.strip() if isinstance(value, str) else json.dumps(value)]
 
 
+_TEMPLATE_WITH_TOOLS = "pass a chat_template=… that supports tools (--chat_template_path on the command line)"
+
+
+def _missing_in_calls(message: Mapping, rendered: str) -> str:
+    """What a text lacks of a message's calls, in words; "" if nothing."""
+    for call in message.get("tool_calls", ()):
+        name = call["function"]["name"]
+        for piece in (name, *_leaves(call["function"]["arguments"])):
+            if piece not in rendered and not _is_written_otherwise(piece, rendered):
+                how = "" if piece == name else f" as it is ({piece[:60]!r} is missing)"
+                return f"the chat template does not render its call of the tool {name!r}{how}"
+        rendered = rendered.replace(name, "", 1)
+    return ""
+
+
 def _pieces(message: Mapping) -> list[str]:
     """The texts of a message's content: one, or those of its parts."""
     content = message["content"]
@@ -464,22 +493,12 @@ def _pieces(message: Mapping) -> list[str]:
     return [text.strip() for text in texts if text.strip()]
 
 
-def _written_otherwise(text: str, rendered: str) -> bool:
-    """Whether a text was rendered as JSON or Python writes it."""
+def _is_written_otherwise(text: str, rendered: str) -> bool:
+    """Whether a text was rendered as JSON or Python writes it, or without a switch in it that some templates obey."""
     forms = {form[1:-1] for form in (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))}
+    forms.add(_SWITCH_IN_TEXT.sub("", text).strip())
     return any(form in rendered for form in forms - {text})
 
 
-@functools.lru_cache(maxsize=8)
-def _anchor(tokenizer, size: int) -> str:
-    """Text to put before a completion while it is tokenised, for tokenizers that write a space before the first word.
-
-    SentencePiece tokenizers do (Llama 2, Phi-3); a model that continues a prompt does not. (`size` is in the key because
-    tokens can be added to a tokenizer.)
-    """
-
-    def encode(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    eos = tokenizer.eos_token
-    return eos if eos and encode(eos + "a") != encode(eos) + encode("a") else ""
+# SmolLM3 and Nemotron take these words out of messages.
+_SWITCH_IN_TEXT = re.compile(r"/(?:no_)?think\b")

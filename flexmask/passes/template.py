@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..messages import ConversationError, reasoning_of, text_of
-from .chat_template import SWITCHES, ChatTemplate
+from .chat_template import SWITCHES, ChatTemplate, is_deciding
 from .probes import (
     ANSWER,
+    KEY,
     NAME,
     NEXT,
     REASONING_MARK,
@@ -46,17 +46,20 @@ _EMPTY_THOUGHT = re.compile(r"(?P<open>\s*[<\[](?P<name>[\w:]+)[>\]]\s*)(?P<clos
 @dataclass(frozen=True)
 class Lead:
     """What a model writes between its prompt and the first visible piece of its message (its content, or the name in its
-    first call): `before`, the reasoning, `after`.
+    first call): the thought, which is `before`, the reasoning, `after`; then `opening` (of a call, say).
 
     Attributes:
         prompt_end: how the prompt has to end, from the last message on.
-        thinks: whether there is a thought, be it an empty one.
     """
 
     before: str
     after: str
+    opening: str
     prompt_end: str
-    thinks: bool
+
+    def text(self, reasoning: str) -> str:
+        """The whole of it."""
+        return self.before + reasoning + self.after + self.opening
 
 
 class Mismatch(ConversationError):
@@ -71,14 +74,16 @@ class Template(ChatTemplate):
         others: of ChatTemplate.
     """
 
-    def __init__(self, tokenizer, source: str | None, reasoning_format: str | None, arguments: Mapping):
-        super().__init__(tokenizer, source, arguments)
+    def __init__(
+        self, tokenizer, source: str | None, reasoning_format: str | None, arguments: Mapping, with_tools: bool
+    ):
+        super().__init__(tokenizer, source, arguments, with_tools)
         self._format = reasoning_format
         self._leads: dict[Kind, Lead | ConversationError] = {}
 
     def with_arguments(self, **arguments) -> Template:
         """The same template with further arguments; what it learns is kept."""
-        return template_of(self.tokenizer, self._given, self._format, self.arguments | arguments)
+        return template_of(self.tokenizer, self._given, self._format, self.arguments | arguments, self._with_tools)
 
     # What it writes before a message.
 
@@ -100,38 +105,50 @@ class Template(ChatTemplate):
 
     def _find_lead(self, kind: Kind) -> Lead:
         prompt, answered, message = self._probe_ends(kind)
-        lead = self.shown_lead(prompt, answered, message)
-        if lead is not None:
-            return Lead(*lead, prompt, self.thinks("".join(lead)))
+        found = self._shown(prompt, answered, message) or self._composed(kind, prompt, answered, message)
+        if any(piece in found.text("") for piece in (USER, NEXT, ANSWER, NAME, KEY, VALUE, call()["id"])):
+            raise ConversationError("the chat template writes more of a call before its name, which is not supported")
+        return found
+
+    def _shown(self, prompt: str, answered: str, message: Mapping) -> Lead | None:
+        """As the template itself continues the prompt."""
+        shown = self.shown_lead(prompt, answered, message)
+        if shown is None:
+            return None
+        if not reasoning_of(message):
+            empty, opening = self.split_thought(shown[0])
+            return Lead(empty, "", opening, prompt)
+        return Lead(shown[0], *self.split_thought(shown[1]), prompt)
+
+    def _composed(self, kind: Kind, prompt: str, answered: str, message: Mapping) -> Lead:
+        """The thought and the opening of the visible piece, each from where the template shows it."""
         begin = self.opened(prompt)
         same = len(prompt) - len(begin) if begin else len(common_start(prompt, answered))
         stub = answered[same : max(visible_at(answered), 0)] if answered.startswith(prompt[:same]) else ""
-        shown = after_reasoning(answered, message)
-        if shown is not None and not begin:
+        written, rest = after_reasoning(answered, message), prompt[same:]
+        if begin and written is not None:
+            return Lead("", *self.split_thought(written), prompt)
+        if written is not None or (rest.strip() and kind.reasoning and not begin):
             raise self.mismatch(prompt, answered)
+        empty, opening = self.split_thought(stub.removeprefix(begin))
         if self._format and (kind.reasoning or begin):
             before, after = self._format.split("{reasoning}")
-            before = "" if prompt.endswith(before) else before
-            return Lead(before if kind.reasoning else "", after, prompt, True)
+            before = before if kind.reasoning and not prompt.endswith(before) else ""
+            return Lead(before, after, _joined(after, opening), prompt)
         if begin:
-            return Lead("", self._end_of_thought(kind, begin, stub) if shown is None else shown, prompt, True)
-        rest = prompt[same:]
-        if rest.strip() and kind.reasoning:
-            raise self.mismatch(prompt, answered)
+            return Lead("", *self._end_of_thought(kind, begin, empty, opening), prompt)
         if rest.strip() and not self._is_closed(rest, stub):
             # History writes the message in another way (DeepSeek-V3 runs the calls of a loop together). A model begins its
             # turn as it does after a user.
-            return Lead(self._stub_after_user(kind, prompt, answered), "", prompt, False)
-        if not kind.reasoning:
-            if self.thinks(rest):  # the prompt has ended the thought already
-                stub = stub[max((stub.index(end) + len(end) for end in self._ends if end in stub), default=0) :]
-            return Lead(stub, "", prompt, self.thinks(stub))
-        empty = _EMPTY_THOUGHT.search(stub)
-        if empty:
-            return Lead(stub[: empty.end("open")], stub[empty.start("close") :], prompt, True)
+            return Lead("", "", self._stub_after_user(kind, prompt, answered), prompt)
+        if not kind.reasoning:  # a thought that the prompt has ended already is not ended again
+            return Lead("" if self.thinks(rest) else empty, "", opening, prompt)
+        block = _EMPTY_THOUGHT.search(empty)
+        if block:
+            return Lead(empty[: block.end("open")], empty[block.start("close") :], opening, prompt)
         thought = self._thought_before_calls(kind, prompt)
         if thought:
-            return Lead(thought[0], thought[1] + stub, prompt, True)
+            return Lead(thought.before, thought.after, opening, prompt)
         switched_on = self._shown_with_other_arguments(kind)
         raise ConversationError(
             f"the chat template drops its reasoning, which it renders with {switched_on}: pass that"
@@ -145,9 +162,10 @@ class Template(ChatTemplate):
         """What follows the last text of the context in the prompt and in the answer of a probe; and its message."""
         context, message = probe(kind)
         last = text_of(context[-1])
-        for tools in (self._probe_tools(kind), [TOOL]):  # some templates cannot do without tools
-            prompt = self._probed(context, tools, generate=True)
-            answered = self._probed([*context, marked(message)], tools)
+        usual = self._with_tools or kind.calls or kind.follows == "tool"
+        for with_tools in (usual, not usual):  # some templates cannot do without tools, or with them
+            prompt = self._probed(context, generate=True, with_tools=with_tools)
+            answered = self._probed([*context, marked(message)], with_tools=with_tools)
             if prompt and answered:
                 break
         if not (prompt and answered and last in prompt and last in answered):
@@ -170,19 +188,11 @@ class Template(ChatTemplate):
                     return whole[len(header) : visible_at(whole)]
         raise self.mismatch(prompt, answered)
 
-    def _thought_before_calls(self, kind: Kind, prompt: str) -> tuple[str, str] | None:
-        """Before and after a thought, from messages with calls, where only those show it (Gemma 4, Command R7B)."""
-        if kind.calls:
-            return None
+    def _thought_before_calls(self, kind: Kind, prompt: str) -> Lead | None:
+        """The lead of a message with calls, where only those show a thought (Gemma 4, Command R7B)."""
         with contextlib.suppress(ConversationError):
-            thinking, plain = (self.lead(Kind(kind.follows, reasoning, False, True)) for reasoning in (True, False))
-            if thinking.prompt_end != prompt:
-                return None
-            if not plain.thinks and thinking.after.endswith(plain.before):
-                return thinking.before, thinking.after.removesuffix(plain.before)
-            end = next((end for end in self._ends if end in thinking.after), None)
-            if plain.thinks and end:  # an empty thought stands before calls without reasoning
-                return thinking.before, "".join(thinking.after.partition(end)[:2])
+            found = None if kind.calls else self.lead(Kind(kind.follows, True, False, True))
+            return found if found and found.prompt_end == prompt else None
         return None
 
     @functools.cached_property
@@ -210,9 +220,15 @@ class Template(ChatTemplate):
             return None  # an answer inside an open block
         return (lead, "") if after is None else (lead[: lead.index(REASONING_MARK) - 1], after)
 
-    def thinks(self, lead: str) -> bool:
+    def thinks(self, text: str) -> bool:
         """Whether the end of a thought is in it."""
-        return any(end in lead for end in self._ends)
+        return any(end in text for end in self._ends)
+
+    def split_thought(self, text: str) -> tuple[str, str]:
+        """A text up to the end of its thought, with the space behind it; and the rest."""
+        at = max((text.rindex(end) + len(end) for end in self._ends if end in text), default=0)
+        at += len(text[at:]) - len(text[at:].lstrip()) if at else 0
+        return text[:at], text[at:]
 
     def opened(self, prompt: str) -> str:
         """The text at the end of a prompt that begins a thought, "" if none does."""
@@ -250,25 +266,23 @@ class Template(ChatTemplate):
         context, message = probe(kind)
         rendered = []
         for arguments in ({}, *({name: True} for name in SWITCHES if name in self.variables)):
-            template = Template(self.tokenizer, self._given, None, self.arguments | arguments)
-            text = template._probed([*context, marked(message)], self._probe_tools(kind))
+            template = ChatTemplate(self.tokenizer, self._given, self.arguments | arguments, self._with_tools)
+            text = template._probed([*context, marked(message)], with_tools=self._with_tools or kind.calls)
             after = after_reasoning(text, message) if text else None
             if after is not None:
                 rendered.append((text, after))
         return rendered
 
-    def _end_of_thought(self, kind: Kind, begin: str, stub: str) -> str:
-        """What a model writes between a thought that its prompt began and the visible piece.
+    def _end_of_thought(self, kind: Kind, begin: str, empty: str, opening: str) -> tuple[str, str]:
+        """What a model writes between a thought that its prompt began and the visible piece: end of the thought, opening.
 
         As the template shows it: for a message of this kind without reasoning, or in history; with reasoning; else as the
         begin has it, since models leave as much space around their thoughts.
         """
-        at = min((stub.index(end) for end in self._ends if end in stub), default=None)
-        if at is not None:
-            return stub[at:] if not stub[:at].strip() or stub[:at].strip() == begin.strip() else stub
-        same = Kind(kind.follows, True, kind.content, kind.calls)
-        for _, after in self._renderings_with_reasoning(same):
-            return after
+        if empty:
+            return empty[min(empty.index(end) for end in self._ends if end in empty) :], opening
+        for _, after in self._renderings_with_reasoning(replace(kind, reasoning=True)):
+            return (after.removesuffix(opening), opening) if after.endswith(opening) else self.split_thought(after)
         plain = _PLAIN.fullmatch(begin.strip())
         if not plain:
             raise ConversationError(
@@ -277,7 +291,7 @@ class Template(ChatTemplate):
             )
         space = begin[len(begin.rstrip()) :]
         end = begin.strip().replace(plain["begin"], plain["begin"] + "/", 1)
-        return f"{space}{end}{space * 2}{stub.removeprefix(begin)}"
+        return f"{space}{end}{space * 2}", _joined(space, opening)
 
     def _is_closed(self, rest: str, stub: str) -> bool:
         """Whether what only the prompt has leaves no thought open: an empty block, and nothing that the answer has too."""
@@ -305,8 +319,18 @@ class Template(ChatTemplate):
             f"({self.thinking_arguments()}) or a chat_template=… with which both agree"
         )
 
-    def _probe_tools(self, kind: Kind) -> list | None:
-        return [TOOL] if kind.calls or kind.follows == "tool" else None
+    @functools.cached_property
+    def anchor(self) -> str:
+        """Text to put before a completion while it is tokenised, for tokenizers that write a space before the first word.
+
+        SentencePiece tokenizers do (Llama 2, Phi-3); a model that continues a prompt does not.
+        """
+
+        def encode(text):
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        eos = self.tokenizer.eos_token
+        return eos if eos and encode(eos + "a") != encode(eos) + encode("a") else ""
 
     # What it writes after a message.
 
@@ -380,22 +404,27 @@ class Template(ChatTemplate):
         return min((token for token in self.closing_tokens if token in text), key=text.index, default=None)
 
 
+def _joined(before: str, opening: str) -> str:
+    """An opening behind a text that ends with space of its own."""
+    return opening.lstrip() if before != before.rstrip() else opening
+
+
 _kept: dict[tuple, Template] = {}
+_KEPT = 64
 
 
-def template_of(tokenizer, source: str | None, reasoning_format: str | None, arguments: Mapping) -> Template:
+def template_of(
+    tokenizer, source: str | None, reasoning_format: str | None, arguments: Mapping, with_tools: bool
+) -> Template:
     """The Template of these, the same object for the same ones, so that nothing is learned twice."""
-    text = source or tokenizer.chat_template
-    key = (
-        id(tokenizer),
-        len(tokenizer),
-        repr(text),
-        reasoning_format,
-        json.dumps(arguments, sort_keys=True, default=repr),
-    )
-    found = _kept.get(key)
-    if found is None or found.tokenizer is not tokenizer:
-        if len(_kept) > 64:
-            _kept.clear()
-        found = _kept[key] = Template(tokenizer, source, reasoning_format, arguments)
-    return found
+    tokens = (len(tokenizer), repr(tokenizer.special_tokens_map))  # both can be changed
+    deciding = repr(sorted((name, repr(value)) for name, value in arguments.items() if is_deciding(name)))
+    others = tuple(sorted(name for name in arguments if not is_deciding(name)))
+    text = repr(source or tokenizer.chat_template)
+    # A Template holds its tokenizer, so that nothing else can have its id.
+    key = (id(tokenizer), tokens, text, reasoning_format, deciding, others, with_tools)
+    if key not in _kept:
+        if len(_kept) >= _KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[key] = Template(tokenizer, source, reasoning_format, arguments, with_tools)
+    return _kept[key]

@@ -50,10 +50,10 @@ _ORDER = "the content of a message with calls comes after the tools' answers onc
 _INSIDE = "what ends a turn stands inside the message too, so what stops the model is not known from the template"
 _ROW = "an assistant's message after another one has no generation prompt of its own, or none in history"
 JUDGED = [
-    Judged(r"gemma-?4|diffusion_gemma", r"calls with content|tool's name", _ORDER),
+    Judged(r"gemma-?4|diffusion_gemma", r"calls? with content|tool's name", _ORDER),
     Judged(r"gemma-?4|diffusion_gemma|DeepSeek-V3|Nemotron-Nano-v2|Hy3", r"in a row", _ROW),
     Judged(r"Solar-Open|GigaChat3-10B", r".", _INSIDE),
-    Judged(r"Nemotron-Nano-v2", r"calls with content|tool's name", _INSIDE),
+    Judged(r"Nemotron-Nano-v2", r"calls? with content|tool's name", _INSIDE),
     Judged(
         r"(?i)deepseek[-_]?v3|R1-Distill-Qwen",
         r"tools not given",

@@ -491,8 +491,11 @@ def faults(
 
     # (c): thinking is opened once, closed once, around the reasoning.
     skeleton = tail + _skeleton(body, spans)
-    found += _thinking_faults(family, skeleton, bool(reasoning), state)
-    if not reasoning and empty == "prompt" and not any("thinking" in f for f in found):
+    inside = (
+        calls and not reasoning and "<|channel|>analysis" in skeleton
+    )  # gpt-oss has what is said before a call as a thought
+    found += [] if inside else _thinking_faults(family, skeleton, bool(reasoning), state)
+    if not reasoning and not inside and empty == "prompt" and not any("thinking" in f for f in found):
         written = _skeleton(body, spans)
         thought = any(tag in written for pair in family.tags for tag in pair if tag not in GENERIC)
         usable = [p for p in off if family.state(family.tail_of(p, context)) != "open"]

@@ -112,6 +112,10 @@ SHAPES: dict[str, tuple[list[dict], list[dict] | None]] = {
     "two calls in a message": (_two_calls(), TOOLS),
     "two calls, reasoning": (_two_calls("", R[0]), TOOLS),
     "calls with content": (_two_calls("Let me look both up."), TOOLS),
+    "one call with content": (
+        [Q[0], answer("Let me look it up.", tool_calls=[call(city="Porto")]), result("Porto: a river"), answer(A[0])],
+        TOOLS,
+    ),
     "calls with content and reasoning": (_two_calls("Let me look both up.", R[0]), TOOLS),
     "arguments as JSON text": (_as_text(_loop()), TOOLS),
     "tool loop, tools not given": (_loop(), None),

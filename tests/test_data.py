@@ -340,7 +340,7 @@ def test_errors_name_the_origin(tokenizer):
                 build_trees(given, tokenizer, chat_template=template, num_proc=num_proc)
     with pytest.raises(ConversationError, match=r"^conversation 1: no assistant message to train"):
         build_trees([GOOD, {"messages": [USER]}], tokenizer)
-    with pytest.raises(ConversationError, match=r"^conversation 0: TextEncodeInput"):
+    with pytest.raises(ConversationError, match=r"^conversation 0: .*TextEncodeInput"):
         build_trees([{"messages": [{"role": "user", "content": "\ud800"}, ANSWER]}], tokenizer)
 
 

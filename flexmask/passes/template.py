@@ -40,6 +40,7 @@ _OPENING = re.compile(
     r"[<\[◁](?!/)[^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]▷](?P<space>\s*)$", re.IGNORECASE
 )
 _PLAIN = re.compile(r"(?P<begin>[<\[])(?P<name>[\w:]+)[>\]]")
+_END = re.compile(rf"(?P<tag>{TAG.pattern})(?:(?P<name>\w+)(?:{TAG.pattern}))?")
 _EMPTY_THOUGHT = re.compile(r"(?P<open>\s*[<\[](?P<name>[\w:]+)[>\]]\s*)(?P<close>[<\[]/(?P=name)[>\]])")
 
 
@@ -141,8 +142,11 @@ class Template(ChatTemplate):
             # History writes the message in another way (DeepSeek-V3 runs the calls of a loop together). A model begins its
             # turn as it does after a user.
             return Lead("", "", self._stub_after_user(kind, prompt, answered), prompt)
-        if not kind.reasoning:  # a thought that the prompt has ended already is not ended again
-            return Lead("" if self.thinks(rest) else empty, "", opening, prompt)
+        if not kind.reasoning:
+            if self.thinks(rest):  # a thought that the prompt has ended is not ended again
+                opening = empty[len(empty.rstrip()) :] + opening
+                empty = ""
+            return Lead(empty, "", opening, prompt)
         block = _EMPTY_THOUGHT.search(empty)
         if block:
             return Lead(empty[: block.end("open")], empty[block.start("close") :], opening, prompt)
@@ -250,11 +254,13 @@ class Template(ChatTemplate):
         for kind in (Kind("user", True, True, False), Kind("user", True, False, True)):
             for shown, after in self._renderings_with_reasoning(kind):
                 head = shown[: shown.index(REASONING_MARK) - 1][-60:]
-                begins, end = [head[tag.start() :].strip() for tag in TAG.finditer(head)], TAG.search(after)
+                begins = [head[tag.start() :].strip() for tag in TAG.finditer(head)]
                 named = [begin for begin in begins if re.search("think|thought|reason", begin, re.IGNORECASE)]
-                begin = (named or begins or [""])[-1]
-                if end and begin and (begin, end[0]) not in found:
-                    found.append((begin, end[0]))
+                begin, end = (named or begins or [""])[-1], _END.match(after.lstrip())
+                if begin and end:
+                    # Some name what they end (Kimi-K3: <|close|>think<|sep|>).
+                    end = end[0] if end["name"] and end["name"] in begin else end["tag"]
+                    found += [(begin, end)] if (begin, end) not in found else []
         return found
 
     @functools.cached_property

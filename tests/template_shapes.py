@@ -109,6 +109,21 @@ SHAPES: dict[str, tuple[list[dict], list[dict] | None]] = {
     "tool loop, reasoning": (_loop(), TOOLS),
     "tool loop, none": (_loop(None, None, None), TOOLS),
     "tool loop, mixed": (_loop(R[0], None, R[2]), TOOLS),
+    "a long tool loop": (
+        [
+            Q[0],
+            *[
+                m
+                for at, city in enumerate(("Porto", "Lyon", "Turin", "Basel"))
+                for m in (
+                    answer("", tool_calls=[call(city=city, ident=f"callnum1{at}")]),
+                    result(f"{city} is fine", ident=f"callnum1{at}"),
+                )
+            ],
+            answer(A[0]),
+        ],
+        TOOLS,
+    ),
     "two calls in a message": (_two_calls(), TOOLS),
     "two calls, reasoning": (_two_calls("", R[0]), TOOLS),
     "calls with content": (_two_calls("Let me look both up."), TOOLS),

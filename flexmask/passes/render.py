@@ -282,7 +282,8 @@ class _Renderer:
             raise self._not_rendered(turn, answered)
         try:
             lead = template.lead(turn.kind)
-            if not prompt.endswith(lead.prompt_end):
+            as_learned = lead.is_history_otherwise or unmarked(answered[:at]).endswith(lead.opening)
+            if not prompt.endswith(lead.prompt_end) or not as_learned:  # Cohere2MoE numbers the calls of a conversation
                 raise Mismatch
         except Mismatch as error:
             raise self._error(turn.index, str(template.mismatch(prompt, answered))) from error

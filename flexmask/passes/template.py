@@ -51,12 +51,14 @@ class Lead:
 
     Attributes:
         prompt_end: how the prompt has to end, from the last message on.
+        is_history_otherwise: whether history writes another opening than the model.
     """
 
     before: str
     after: str
     opening: str
     prompt_end: str
+    is_history_otherwise: bool = False
 
     def text(self, reasoning: str) -> str:
         """The whole of it."""
@@ -141,7 +143,7 @@ class Template(ChatTemplate):
         if rest.strip() and not self._is_closed(rest, stub):
             # History writes the message in another way (DeepSeek-V3 runs the calls of a loop together). A model begins its
             # turn as it does after a user.
-            return Lead("", "", self._stub_after_user(kind, prompt, answered), prompt)
+            return Lead("", "", self._stub_after_user(kind, prompt, answered), prompt, is_history_otherwise=True)
         if not kind.reasoning:
             if self.thinks(rest):  # a thought that the prompt has ended is not ended again
                 opening = empty[len(empty.rstrip()) :] + opening

@@ -280,6 +280,9 @@ class _Renderer:
             return unmarked(answered[len(prompt) :]), ""
         if at < 0:
             raise self._not_rendered(turn, answered)
+        text = text_of(message)
+        space = text[: len(text) - len(text.lstrip())]  # which belongs to the content, where the template leaves it
+        at -= len(space) if answered[:at].endswith(space) else 0
         try:
             lead = template.lead(turn.kind)
             as_learned = lead.is_history_otherwise or unmarked(answered[:at]).endswith(lead.opening)
@@ -289,9 +292,6 @@ class _Renderer:
             raise self._error(turn.index, str(template.mismatch(prompt, answered))) from error
         except ConversationError as error:
             raise self._error(turn.index, str(error)) from error
-        text = text_of(message)
-        space = text[: len(text) - len(text.lstrip())]  # which belongs to the content, where the template leaves it
-        at -= len(space) if answered[:at].endswith(space) else 0
         return lead.text(reasoning_of(message).strip()), unmarked(answered[at:])
 
     def _is_usual(self, turn: _Turn, shown: tuple[str, str]) -> bool:

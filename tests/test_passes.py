@@ -221,7 +221,10 @@ def test_calls_are_batched(monkeypatch):
         (["hello"], "message 0 is str, expected an object"),
         ([{"content": "Q"}], "message 0: role is None, expected one of system"),
         ([{"role": "bot", "content": "Q"}], "message 0: role is 'bot'"),
-        ([{"role": "user", "content": [{"type": "text"}]}], r"message 0 \(user\): content has a part .* expected parts of type text"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            r"message 0 \(user\): content has a part .* expected parts of type text",
+        ),
         ([{"role": "user"}], r"message 0 \(user\): content is NoneType"),
         ([user("Q"), answer(3)], r"message 1 \(assistant\): content is int"),
         ([user("Q"), answer("A", 5)], r"message 1 \(assistant\): reasoning_content is int"),

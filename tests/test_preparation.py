@@ -454,7 +454,9 @@ def test_the_stream_of_the_arguments(tokenizer):
     assert sum(row.num_passes for row in loader.stream()[0]) == sum(built.num_passes[:3])
     write("none.jsonl", "\n")
     loader = Loader(arguments("none.jsonl", streaming=True), tokenizer, {}, demo.tiny_model(tokenizer).config)
-    with pytest.raises(ConversationError, match=r"none\.jsonl: among the first 64 records there is nothing to train on"):
+    with pytest.raises(
+        ConversationError, match=r"none\.jsonl: among the first 64 records there is nothing to train on"
+    ):
         loader.stream()
 
 

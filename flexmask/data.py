@@ -559,6 +559,6 @@ def _hash(value) -> str:
 def _code() -> str:
     """Of the code that makes trees: what an older version prepared is not found."""
     here = Path(__file__).parent
-    files = [here / f"{name}.py" for name in ("messages", "passes", "tree", "data")] + [*here.glob("passes/*.py")]
-    sources = [file.read_text() for file in sorted(files) if file.exists()]
+    files = [here / f"{name}.py" for name in ("messages", "tree", "data")] + [*here.glob("passes/*.py")]
+    sources = [file.read_text() for file in sorted(files)]
     return _hash([sources, transformers.__version__, tokenizers.__version__])

@@ -149,10 +149,10 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
         if key in _MEANT and _MEANT[key][0](record[key]):
             raise ConversationError(f"has a key {key!r}, which {_MEANT[key][1]}; remove it from the record")
         ignored.append(str(key))
-    if "messages" in record or "conversations" in record:
-        ignored += [
-            key for key in ("prompt", "completion", *(["conversations"] * ("messages" in record))) if key in record
-        ]
+    if "messages" in record:
+        ignored += record.keys() & {"conversations", "prompt", "completion"}
+    elif "conversations" in record:
+        ignored += record.keys() & {"prompt", "completion"}
 
     conversation = Conversation(
         {key: value for key, value in record.items() if key not in _READ} | {"messages": messages}
@@ -280,6 +280,11 @@ def is_trained(message: Mapping) -> bool:
     return message["role"] == "assistant" and message.get("train", True) and message.get("weight", 1) > 0
 
 
+def is_weight(value) -> bool:
+    """Whether it is a number that is not negative."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < math.inf
+
+
 def text_of(message: Mapping) -> str:
     """The content of a message that was read, as one text."""
     content = message["content"]
@@ -366,9 +371,8 @@ def _read_training(message: dict, where: str) -> None:
     if flags:
         message["train"] = next(iter(flags.values()))
     for name in WEIGHTS:
-        weight = message.get(name, 1)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise ConversationError(f"{where}: {name} is {weight!r}, expected a number that is not negative")
+        if not is_weight(message.get(name, 1)):
+            raise ConversationError(f"{where}: {name} is {message[name]!r}, expected a number that is not negative")
 
 
 def _read_calls(message: dict, where: str) -> None:

@@ -105,7 +105,7 @@ def probe(kind: Kind) -> tuple[list[dict], dict]:
         "tool": [
             user,
             {"role": "assistant", "content": "", "tool_calls": [call()]},
-            {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": call()["id"]},
+            tool_result(),
         ],
     }[kind.follows]
     message = {"role": "assistant", "content": ANSWER if kind.content else ""}
@@ -119,3 +119,13 @@ def probe(kind: Kind) -> tuple[list[dict], dict]:
 def call() -> dict:
     # Mistral's templates want ids of nine letters and digits.
     return {"type": "function", "id": "flexmask1", "function": {"name": NAME, "arguments": {KEY: VALUE}}}
+
+
+def tool_result() -> dict:
+    """The answer to `call`."""
+    return {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": call()["id"]}
+
+
+def after_last(text: str, piece: str) -> str:
+    """What follows the last occurrence of a piece that is in a text."""
+    return text[text.rindex(piece) + len(piece) :]

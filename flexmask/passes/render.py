@@ -12,7 +12,6 @@ template does show, and what comes before it from short conversations in which i
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from ..messages import (
     Conversation,
     ConversationError,
     is_trained,
+    is_weight,
     read_conversation,
     read_messages,
     read_tools,
@@ -165,9 +165,10 @@ class _Options:
                 f"the tokenizer {tokenizer.name_or_path!r} has no chat template; pass chat_template=… (a Jinja template; "
                 "--chat_template_path on the command line)"
             )
-        weight = self.reasoning_weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise ConversationError(f"reasoning_weight is {weight!r}, expected a number that is not negative")
+        if not is_weight(self.reasoning_weight):
+            raise ConversationError(
+                f"reasoning_weight is {self.reasoning_weight!r}, expected a number that is not negative"
+            )
         end = self.end_of_turn
         if end is not None and len(tokenizer(end, add_special_tokens=False)["input_ids"]) != 1:
             raise ConversationError(f"end_of_turn is {end!r}, which is not one token of the tokenizer")
@@ -191,12 +192,8 @@ class _Renderer:
     def __init__(self, conversation: Conversation, tokenizer, options: _Options, arguments: Mapping, counts: Counter):
         options.check(tokenizer)
         self._messages, self._names = conversation["messages"], conversation.names
-        self._tools, self._tokenizer, self._options, self._counts = (
-            conversation.get("tools"),
-            tokenizer,
-            options,
-            counts,
-        )
+        self._tools = conversation.get("tools")
+        self._tokenizer, self._options, self._counts = tokenizer, options, counts
         self._arguments = dict(arguments)
         self._template = template_of(
             tokenizer, options.chat_template, options.reasoning_format, arguments, bool(self._tools)

@@ -26,20 +26,20 @@ from .probes import (
     USER,
     VALUE,
     Kind,
+    after_last,
     after_reasoning,
     call,
     common_start,
     marked,
     probe,
+    tool_result,
     unmarked,
     visible_at,
-)  # fmt: skip
+)
 
 # A tag that begins a thought, at the end of a prompt. What ends it is known only where it is written <x> or [X].
-_OPENING = re.compile(
-    r"[<\[◁](?!/)[^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]▷](?P<space>\s*)$", re.IGNORECASE
-)
-_PLAIN = re.compile(r"(?P<begin>[<\[])(?P<name>[\w:]+)[>\]]")
+_OPENING = re.compile(r"[<\[◁](?!/)[^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]▷]\s*$", re.IGNORECASE)
+_PLAIN = re.compile(r"(?P<begin>[<\[])[\w:]+[>\]]")
 _END = re.compile(rf"(?P<tag>{TAG.pattern})(?:(?P<name>\w+)(?:{TAG.pattern}))?")
 _EMPTY_THOUGHT = re.compile(r"(?P<open>\s*[<\[](?P<name>[\w:]+)[>\]]\s*)(?P<close>[<\[]/(?P=name)[>\]])")
 
@@ -176,7 +176,7 @@ class Template(ChatTemplate):
                 break
         if not (prompt and answered and last in prompt and last in answered):
             raise ConversationError("the chat template cannot render a short conversation of this kind")
-        prompt, answered = (text[text.rfind(last) + len(last) :] for text in (prompt, answered))
+        prompt, answered = after_last(prompt, last), after_last(answered, last)
         if kind.follows == "assistant" and not prompt.strip():
             raise ConversationError(
                 "the chat template writes no generation prompt after a message of the assistant; join the two messages, or "
@@ -206,8 +206,7 @@ class Template(ChatTemplate):
         """Whether a message with content and calls is written otherwise once their answers follow."""
         context, message = probe(Kind("user", False, True, True))
         answered = self._probed([*context, message], [TOOL])
-        result = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": call()["id"]}
-        continued = self._probed([*context, message, result], [TOOL])
+        continued = self._probed([*context, message, tool_result()], [TOOL])
         if not answered or not continued:
             return False
         places = sorted((answered.rfind(piece), len(piece)) for piece in (ANSWER, VALUE))
@@ -397,15 +396,10 @@ class Template(ChatTemplate):
         calls = None
         context, message = probe(Kind("user", False, False, True))
         answered = self._probed([*context, message], [TOOL])
-        result = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": call()["id"]}
-        continued = self._probed([*context, message, result], [TOOL])
-        if (
-            answered is not None
-            and continued is not None
-            and continued.startswith(answered.removesuffix(self._trailer))
-        ):
-            rest = continued[len(answered.removesuffix(self._trailer)) :]
-            calls = self._first_token(rest.partition(NEXT)[0])
+        continued = self._probed([*context, message, tool_result()], [TOOL])
+        ended = None if answered is None else answered.removesuffix(self._trailer)
+        if ended is not None and continued is not None and continued.startswith(ended):
+            calls = self._first_token(continued[len(ended) :].partition(NEXT)[0])
         return plain, calls
 
     def _first_token(self, text: str) -> str | None:

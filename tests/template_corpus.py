@@ -148,7 +148,7 @@ def control_tokens(source: str) -> tuple[list[str], list[str]]:
 
 
 @functools.cache
-def _bpe() -> str:
+def byte_level_bpe() -> str:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -165,7 +165,7 @@ def make_tokenizer(name: str, source: str) -> PreTrainedTokenizerFast:
     if eos is None:
         headers = ("<|eom_id|>", "<|user|>", "<|observation|>")
         eos = next((t for t in ENDS if t in special and t not in headers), "</s>")
-    bpe = Tokenizer.from_str(_bpe())
+    bpe = Tokenizer.from_str(byte_level_bpe())
     bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in dict.fromkeys([*special, eos, bos])])
     bpe.add_tokens([AddedToken(t, normalized=False) for t in added])
     made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=bos)

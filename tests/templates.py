@@ -4,7 +4,8 @@ import functools
 from pathlib import Path
 
 import trl
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from template_corpus import byte_level_bpe
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -48,12 +49,7 @@ FAMILIES = {
 @functools.cache
 def tokenizer(family: str) -> PreTrainedTokenizerFast:
     special, added, eos, bos = FAMILIES[family]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    corpus = ["the answer is 42 because we think about the question and call the tool with arguments"] * 4
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    bpe = Tokenizer.from_str(byte_level_bpe())
     bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     bpe.add_tokens([AddedToken(t, normalized=False) for t in added])
     made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=bos)

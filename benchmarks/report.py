@@ -18,6 +18,7 @@ from common import PLAIN, ratio
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
 SHOWN = ("torch", "triton", "transformers")  # versions in a caption
+OF = {"headline": "npass", "side_by_side": "npass", "overhead": "preprocessing", "at_scale": "preprocessing"}  # tables
 MISSING = "–"  # of a row that failed, that an interrupted run has not reached, or that has no such thing
 
 
@@ -27,8 +28,7 @@ def render(page: str) -> str:
 
 
 def _table(name: str, sizes: str) -> str:
-    benchmark = "npass" if name in ("headline", "side_by_side") else name
-    paths = [HERE / "results" / f"{benchmark}_{size}.json" for size in sizes.split("+")]
+    paths = [HERE / "results" / f"{OF.get(name, name)}_{size}.json" for size in sizes.split("+")]
     results = [json.loads(path.read_text()) for path in paths]
     tables = [TABLES[name](result) for result in results]
     head = tables[0][0]
@@ -215,6 +215,34 @@ def preprocessing(result: dict) -> list[list[str]]:
     )
 
 
+def overhead(result: dict) -> list[list[str]]:
+    return _columns(
+        result["rows"],
+        {
+            "conversations": lambda row: f"{row['conversations']:,}, {row['dataset']}",
+            "": lambda row: row["stage"],
+            "time": lambda row: _seconds(row["seconds"]),
+            "times rendering and tokenising": lambda row: _times(row["times rendering and tokenising"]),
+        },
+    )
+
+
+def at_scale(result: dict) -> list[list[str]]:
+    return _columns(
+        result["rows"],
+        {
+            "conversations": lambda row: f"{row['conversations']:,}, {row['dataset']}",
+            "": lambda row: row["stage"],
+            "time": lambda row: _seconds(row["seconds"]),
+            "of it after imports": lambda row: f"{row['of it until rows']:.3g} s",
+            "rows": lambda row: f"{row['rows']:,}",
+            "resident, of it not of files": lambda row: f"{row['resident MiB']:,.0f} MiB, {row['of it not of files MiB']:,.0f} MiB",
+            "peak": lambda row: f"{row['peak MiB']:,.0f} MiB",
+            "on disk": lambda row: f"{row['on disk MiB']:,.0f} MiB",
+        },
+    )
+
+
 def accuracy(result: dict) -> list[list[str]]:
     table = _columns(
         result["rows"],
@@ -254,8 +282,8 @@ def kernel_configs(result: dict) -> list[list[str]]:
 TABLES: dict[str, Callable[[dict], list[list[str]]]] = {
     table.__name__: table
     for table in (
-        headline, side_by_side, npass, attention, growth, split, groups, loss_memory, preprocessing, accuracy,
-        kernel_configs,
+        headline, side_by_side, npass, attention, growth, split, groups, loss_memory, preprocessing, overhead,
+        at_scale, accuracy, kernel_configs,
     )
 }  # fmt: skip
 

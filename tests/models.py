@@ -62,8 +62,10 @@ class KeepFloat64(TorchFunctionMode):
         narrow = func is torch.Tensor.float or (
             func is torch.Tensor.to and (torch.float32 in args or kwargs.get("dtype") is torch.float32)
         )
+        narrow = narrow or (func is torch.Tensor.type and args[1:] == (torch.float32,))
         if narrow and args[0].dtype == torch.float64:
-            return args[0]
+            layout = {name: value for name, value in kwargs.items() if name == "memory_format"}
+            return args[0].to(torch.float64, **layout)
         if func is torch.nn.functional.softmax and kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64 if args[0].dtype == torch.float64 else torch.float32
         if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__) and args[0].dtype != args[1].dtype:

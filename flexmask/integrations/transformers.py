@@ -21,6 +21,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ..attention import tree_attention
 from ..mask import once_per_forward
+from . import mixers
 
 NAME = "flexmask"
 
@@ -96,6 +97,7 @@ def _attention_function(
             "or flexmask.train.OnePassTrainer"
         )
     window = _check_layer(module, attention_mask, dropout, subtree_end, kwargs)
+    mixers.note_attention(module)
     out = tree_attention(
         query,
         key,
@@ -213,18 +215,19 @@ def _refusal(
     model_type: str, layer_types: tuple[str, ...], encoder: bool, text_class: type | None, model_class: type | None
 ) -> str | None:
     """Why a model would be trained wrongly, or None. `model_class` is `text_class`, or a larger model around it."""
-    others = sorted(set(layer_types) - _LAYERS)
+    others = sorted(set(layer_types) - _LAYERS - mixers.RECURRENT)
     if others:
-        return f"it has layers of type {', '.join(others)}, and only full or sliding attention keeps branches apart"
+        return f"it has layers of type {', '.join(others)}, which flexmask does not know"
     if model_type in _REFUSED:
         return _REFUSED[model_type]
     if text_class is None:
         return None
-    if text_class._is_stateful:
-        return "it is recurrent: its state would carry one branch into the next"
+    recurrent = text_class._is_stateful or not mixers.RECURRENT.isdisjoint(layer_types)
+    if recurrent and (reason := mixers.refusal(text_class, layer_types)):
+        return reason
     if not text_class._can_set_attn_implementation():
         return "its attention does not go through the library's attention interface"
-    if not text_class._supports_attention_backend:
+    if not (text_class._supports_attention_backend or recurrent):  # of those the layers are watched
         return "its attention layers are not declared to receive what the model is called with, subtree_end here"
     if "position_ids" not in inspect.signature(text_class.forward).parameters:
         return "it takes no position_ids: it counts places in the row, not positions in the pass"
@@ -277,8 +280,12 @@ def _check_when_loading() -> None:
 
     @functools.wraps(library_check)
     def checked(self, requested_attention, *args, **kwargs):
-        if requested_attention == NAME and self.can_generate():
-            check_config(self.config, type(self))
+        if requested_attention == NAME:
+            if self.can_generate():
+                check_config(self.config, type(self))
+            mixers.install(type(self))
+            if self.config is self.config.get_text_config(decoder=True):
+                mixers.watch(self)
         return library_check(self, requested_attention, *args, **kwargs)
 
     PreTrainedModel.get_correct_attn_implementation = checked

@@ -1,0 +1,412 @@
+"""Short convolutions and linear recurrences along a tree: functions of tensors and `subtree_end`, which know no model.
+
+A causal layer that carries a state from token to token is exact on a tree if every run of tokens starts from the state at
+the end of the run that it continues; a short convolution, if the first tokens of every chain see their true ancestors. All
+other tokens have their ancestors to their left, as in a sequence.
+
+The recurrence is, for each token t after its parent, with state S (key size × value size) and float32 inside,
+
+    S_t = exp(g_t) S_parent + k_t (x) new_t        new_t = v_t, or beta_t (v_t − k_tᵀ exp(g_t) S_parent) by the delta rule
+    o_t = scale q_tᵀ S_t
+
+which is Mamba 2's (q = C, k = B, v = x·dt, g = A·dt; Dao and Gu, arXiv 2405.21060), with beta the gated delta rule (Yang
+et al., arXiv 2412.06464), and with a gate for each channel of the key Kimi's delta attention (arXiv 2510.26692). It is
+computed by chunks, as is done for sequences: products within all chunks at once, states from chunk to chunk. Here no chunk
+crosses a fork, and the state of a chunk comes from the chunk that its first token follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .chains import Chains, chains
+from .mask import once_per_forward
+
+# Tokens of a chunk. Longer ones mean fewer steps from state to state, and more work within.
+CHUNK = 64
+# With a gate per channel the pairs of a chunk are weighted channel by channel: memory grows with the chunk.
+CHUNK_PER_CHANNEL = 16
+# Bytes of the states of the heads that are computed at once; on a CPU so few that all that is made of them stays in its cache.
+STATES_AT_ONCE = {False: 2**20, True: 2**30}
+
+
+# ------------------------------------------------------------------------------------------------------- convolutions
+
+
+def tree_conv(x: Tensor, width: int, subtree_end: Tensor, conv: Callable[[Tensor], Tensor]) -> Tensor:
+    """A short causal convolution along a tree.
+
+    Args:
+        x: (batch, channels, L).
+        width: of the filter; a token sees itself and the width − 1 before it.
+        subtree_end: int32 (batch, L).
+        conv: (any batch, channels, any length) -> the same shape: the convolution of sequences, zeros before the first
+            token, with whatever is applied to each token by itself afterwards.
+
+    Returns:
+        (batch, channels, L).
+    """
+    out = conv(x)
+    window, places = once_per_forward(_windows, subtree_end, width=width)
+    if not len(places):
+        return out
+    flat, corrected = (rearrange(y, "b d l -> d (b l)") for y in (x, out))
+    pieces = rearrange(torch.nn.functional.pad(flat, (0, 1))[:, window], "d t w -> t d w")
+    corrected = corrected.index_copy(1, places, conv(pieces)[..., -1].T)
+    return rearrange(corrected, "d (b l) -> b d l", b=len(x))
+
+
+def _windows(subtree_end: Tensor, *, width: int) -> tuple[Tensor, Tensor]:
+    """What the filter covers where it is not what lies to the left: int64 (T, width), with the number of tokens of the batch
+    where there is nothing; and which tokens these are, int64 (T,)."""
+    row = chains(subtree_end)
+    within = np.arange(width - 1)
+    places = row.start[:, None] + within
+    places = places[(places < row.stop[:, None]) & (places > within)]  # before the first chain there are zeros anyhow
+    window = np.concatenate([row.ancestors(places, width - 1), places[:, None]], axis=1)
+    window[window < 0] = row.length
+    return tuple(torch.from_numpy(x).to(subtree_end.device) for x in (window, places))
+
+
+# -------------------------------------------------------------------------------------------------------- recurrences
+
+
+def tree_scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    beta: Tensor | None,
+    subtree_end: Tensor,
+    *,
+    scale: float = 1.0,
+) -> Tensor:
+    """A gated linear recurrence along a tree.
+
+    Args:
+        query, key: (batch, L, key_heads, key_size).
+        value: (batch, L, heads, value_size), heads a multiple of key_heads.
+        gate: (batch, L, heads), or (batch, L, heads, key_size): logarithms of the decay, at most 0.
+        beta: (batch, L, heads) for the delta rule, None without it.
+        subtree_end: int32 (batch, L).
+        scale: of the output.
+
+    Returns:
+        (batch, L, heads, value_size), in the dtype of `value`.
+    """
+    return _forward(query, key, value, gate, beta, subtree_end, scale)[0]
+
+
+@torch.library.custom_op("flexmask::tree_scan", mutates_args=())
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, beta: Tensor | None, subtree_end: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and for the backward what each token writes and (delta rule) what of it a state takes away."""
+    plan = _plan_for(gate, subtree_end)
+    parts = [_forward_of(*part, plan, scale) for part in _by_heads(query, key, value, gate, beta, plan=plan)]
+    return tuple(torch.cat(columns, 2) for columns in zip(*parts, strict=True))
+
+
+def _forward_of(query, key, value, gate, beta, plan: _Plan, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = _Chunks.of(query, key, value, gate, beta, plan, scale)
+    written, taken = chunks.written_without_state()
+    states = _states(chunks, written, taken, plan)
+    out = (chunks.q * chunks.since_begin) @ states + _pairs(chunks.q, chunks.k, chunks.decay) @ written
+    taken = written[..., :0] if taken is None else taken
+    rows = [plan.from_chunks(x, value) for x in (out, written, taken)]
+    return rows[0].to(value.dtype), *rows[1:]
+
+
+@_forward.register_fake
+def _(query, key, value, gate, beta, subtree_end, scale):
+    exact = _exact(value)
+    taken = (*value.shape[:3], 0 if beta is None else key.shape[-1])
+    return torch.empty_like(value), value.new_empty(value.shape, dtype=exact), value.new_empty(taken, dtype=exact)
+
+
+@torch.library.custom_op("flexmask::tree_scan_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    beta: Tensor | None,
+    subtree_end: Tensor,
+    written: Tensor,
+    taken: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    plan = _plan_for(gate, subtree_end)
+    inputs = (query, key, value, gate, beta, d_out, written, taken)
+    parts = [_backward_of(*part, plan, scale) for part in _by_heads(*inputs, plan=plan)]
+    return tuple(torch.cat(columns, 2) for columns in zip(*parts, strict=True))
+
+
+def _backward_of(query, key, value, gate, beta, d_out, written, taken, plan: _Plan, scale: float) -> tuple[Tensor, ...]:
+    c = _Chunks.of(query, key, value, gate, beta, plan, scale)
+    d_out, written = (plan.to_chunks(x, c.v.dtype, like=c.v) for x in (d_out, written))
+    taken = None if beta is None else plan.to_chunks(taken, c.v.dtype, like=c.v)
+    states = _states(c, written, None, plan)
+
+    # out = (q · since_begin) states + pairs(q, k) written
+    scores = _pairs(c.q, c.k, c.decay)
+    from_begin = c.q * c.since_begin
+    d_from_begin = d_out @ states.mT
+    d_q = d_from_begin * c.since_begin
+    d_written, d_end = _states_backward(c, from_begin.mT @ d_out, scores.mT @ d_out, taken, plan)
+    d_q_pairs, d_k = _pairs_backward((d_out @ written.mT).tril(), c.q, c.k, c.decay)
+    d_sum = d_from_begin * from_begin + c.q * d_q_pairs - c.k * d_k  # of the summed gates, here for each channel
+    d_q = d_q + d_q_pairs
+
+    # end = total · state + (k · until_end)ᵀ written
+    d_until = written @ d_end.mT
+    kept = c.k * c.until_end
+    d_k = d_k + d_until * c.until_end
+    d_sum = d_sum - d_until * kept
+    d_last = (d_until * kept).sum(-2, keepdim=True) + (d_end * states).sum(-1)[..., None, :] * c.total.mT
+    d_v, d_beta = d_written, None
+    if beta is not None:
+        # (I + strict lower triangle of beta · pairs(k, k)) [written without state, taken] = beta · [v, k · since_begin]
+        d_taken = -d_written @ states.mT
+        products = _pairs(c.k, c.k, c.decay).tril(-1)
+        d_right = torch.linalg.solve_triangular(
+            (products * c.beta).mT, torch.cat([d_written, d_taken], -1), upper=True, unitriangular=True
+        )
+        d_products = -(d_right @ torch.cat([written + taken @ states, taken], -1).mT).tril(-1)
+        d_right_v, d_right_k = d_right.split([c.v.shape[-1], c.k.shape[-1]], -1)
+        since = c.k * c.since_begin
+        d_beta = (d_right_v * c.v).sum(-1) + (d_right_k * since).sum(-1) + (d_products * products).sum(-1)
+        d_v = d_right_v * c.beta
+        d_k = d_k + d_right_k * c.beta * c.since_begin
+        d_left, d_right = _pairs_backward(d_products * c.beta, c.k, c.k, c.decay)
+        d_k = d_k + d_left + d_right
+        d_sum = d_sum + d_right_k * c.beta * since + c.k * (d_left - d_right)
+
+    d_sum = torch.cat([d_sum[..., :-1, :], d_sum[..., -1:, :] + d_last], -2)
+    if gate.ndim == 3:
+        d_sum = d_sum.sum(-1, keepdim=True)
+    d_gate = d_sum.flip(-2).cumsum(-2).flip(-2)
+    found = (d_q.sum_to_size(c.q.shape) * scale, d_k.sum_to_size(c.k.shape), d_v, d_gate, d_beta)
+    return tuple(
+        value[..., 0] if x is None else plan.from_chunks(x, value).view(like.shape).to(like.dtype)
+        for x, like in zip(found, (query, key, value, gate, beta), strict=True)
+    )
+
+
+@_backward.register_fake
+def _(d_out, query, key, value, gate, beta, subtree_end, written, taken, scale):
+    like = (query, key, value, gate, value[..., 0] if beta is None else beta)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, gate, beta, subtree_end, scale = inputs
+    ctx.save_for_backward(query, key, value, gate, beta, subtree_end, *output[1:])
+    ctx.scale = scale
+
+
+def _autograd(ctx, d_out, _, __):
+    *found, d_beta = _backward(d_out, *ctx.saved_tensors, ctx.scale)
+    return *found, None if ctx.saved_tensors[4] is None else d_beta, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _by_heads(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None, plan: _Plan) -> Iterator[tuple]:
+    """The arguments for a few heads at a time: heads are independent, and what is computed of them should fit into
+    STATES_AT_ONCE."""
+    groups = value.shape[2] // key.shape[2]
+    of_head = len(plan.place) // plan.size * groups * key.shape[-1] * value.shape[-1] * _exact(value).itemsize
+    count = max(1, STATES_AT_ONCE[value.is_cuda] // of_head)
+    for first in range(0, key.shape[2], count):
+        few, many = slice(first, first + count), slice(first * groups, (first + count) * groups)
+        yield query[:, :, few], key[:, :, few], *(None if x is None else x[:, :, many] for x in (value, *others))
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """A row cut into N chunks of S tokens. All are (N, key_heads, heads of each, S, …), zeros for padding.
+
+    Attributes:
+        q, k: key size last, and one head of each.
+        v: value size last.
+        beta: 1 last; or None.
+        decay: from token to token, rows after columns: S, or with gates per channel S × key size, last.
+        since_begin: decay from the beginning of the chunk to each token, 1 or key size last.
+        until_end: and from each token to the end.
+        total: of the whole chunk, (…, 1 or key size, 1).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor | None
+    decay: Tensor
+    since_begin: Tensor
+    until_end: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, query, key, value, gate, beta, plan: _Plan, scale: float) -> _Chunks:
+        exact, shape = _exact(value), (key.shape[2], -1)
+        q, k, v, g = (plan.to_chunks(x, exact).unflatten(1, shape) for x in (query, key, value, gate))
+        q = q * scale
+        g = (g if gate.ndim == 4 else g[..., None]).cumsum(-2)
+        last = g[..., -1:, :]
+        later = torch.ones(plan.size, plan.size, dtype=torch.bool, device=g.device).triu(1)
+        decay = (g[..., :, None, :] - g[..., None, :, :]).masked_fill_(later[..., None], float("-inf")).exp_()
+        beta = None if beta is None else plan.to_chunks(beta, exact).unflatten(1, shape)[..., None]
+        decay = decay if gate.ndim == 4 else decay[..., 0]
+        return cls(q, k, v, beta, decay, g.exp(), (last - g).exp(), last.exp().mT)
+
+    def written_without_state(self) -> tuple[Tensor, Tensor | None]:
+        """What each token writes where the state of the chunk is 0, and, of the delta rule, what a state takes away of it."""
+        if self.beta is None:
+            return self.v, None
+        right = torch.cat([self.v * self.beta, self.k * self.beta * self.since_begin], -1)
+        left = _pairs(self.k, self.k, self.decay) * self.beta  # what is not below the diagonal is not read
+        solved = torch.linalg.solve_triangular(left, right, upper=False, unitriangular=True)
+        written, taken = solved.split([self.v.shape[-1], self.k.shape[-1]], -1)
+        return written.clone(), taken
+
+
+def _exact(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def _pairs(x: Tensor, y: Tensor, decay: Tensor) -> Tensor:
+    """x_iᵀ y_j, decayed from j to i."""
+    if decay.ndim == x.ndim:
+        return x @ y.mT * decay
+    return torch.einsum("...ik,...jk,...ijk->...ij", x, y, decay)
+
+
+def _pairs_backward(d_pairs: Tensor, x: Tensor, y: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    if decay.ndim == x.ndim:
+        d_products = d_pairs * decay
+        return d_products @ y, d_products.mT @ x
+    both = "...ij,...{}k,...ijk->...{}k"
+    return torch.einsum(both.format("j", "i"), d_pairs, y, decay), torch.einsum(
+        both.format("i", "j"), d_pairs, x, decay
+    )
+
+
+def _states(c: _Chunks, written: Tensor, taken: Tensor | None, plan: _Plan) -> Tensor:
+    """The state at the beginning of each chunk, (N, key_heads, heads of each, key size, value size).
+
+    `taken` times the state is taken from `written`, in place.
+    """
+    kept = (c.k * c.until_end).mT
+    states = written.new_zeros(*written.shape[:3], kept.shape[-2], written.shape[-1])
+    first, end = 0, None
+    for count, parents in plan.steps:
+        here = slice(first, first + count)
+        if parents is not None:
+            torch.index_select(end, 0, parents, out=states[here])
+            if taken is not None:
+                written[here] -= taken[here] @ states[here]
+        end = kept[here] @ written[here]
+        if parents is not None:
+            end.addcmul_(states[here], c.total[here])
+        first += count
+    return states
+
+
+def _states_backward(
+    c: _Chunks, d_states: Tensor, d_written: Tensor, taken: Tensor | None, plan: _Plan
+) -> tuple[Tensor, Tensor]:
+    """Gradients of what is written and of the states at the ends, from those of what is written and of the states at the
+    beginnings as far as they are read within their chunk. Both arguments are changed."""
+    kept = c.k * c.until_end
+    d_end = torch.zeros_like(d_states)
+    last = len(d_states)
+    for step in range(len(plan.steps) - 1, -1, -1):
+        count, parents = plan.steps[step]
+        here = slice(last - count, last)
+        d_written[here] += kept[here] @ d_end[here]
+        last -= count
+        if parents is not None:
+            d_state = d_states[here].addcmul_(d_end[here], c.total[here])
+            if taken is not None:
+                d_state -= taken[here].mT @ d_written[here]
+            d_end[last - plan.steps[step - 1][0] : last].index_add_(0, parents, d_state)
+    return d_written, d_end
+
+
+# ------------------------------------------------------------------------------------------------------------- chunks
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """N chunks of S tokens, ordered by their depth: how many chunks lead to each.
+
+    Attributes:
+        place: int64 (N · S,), the token in the row, or the number of tokens for padding.
+        slot: int64 (tokens,), where in `place` each token is.
+        steps: for each depth how many chunks there are, and the parent of each, int64, counted within the depth above (None
+            at depth 0).
+        size: S.
+    """
+
+    place: Tensor
+    slot: Tensor
+    steps: list[tuple[int, Tensor | None]]
+    size: int
+
+    def to_chunks(self, x: Tensor, dtype: torch.dtype, like: Tensor | None = None) -> Tensor:
+        """(batch, L, heads, …) -> (N, heads, S, …), zeros for padding; heads split as in `like`."""
+        x = x.flatten(0, 1)
+        outside = (self.place == len(x)).view(-1, *[1] * (x.ndim - 1))
+        moved = x.index_select(0, self.place.clamp(max=len(x) - 1)).masked_fill_(outside, 0)
+        chunks = moved.unflatten(0, (-1, self.size)).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
+        return chunks if like is None else chunks.unflatten(1, like.shape[1:3])
+
+    def from_chunks(self, x: Tensor, like: Tensor) -> Tensor:
+        """(N, key_heads, heads of each, S, …) -> (batch, L, heads, …), batch and L those of `like`."""
+        moved = x.flatten(1, 2).transpose(1, 2).flatten(0, 1).index_select(0, self.slot)
+        return moved.unflatten(0, like.shape[:2])
+
+
+def _plan_for(gate: Tensor, subtree_end: Tensor) -> _Plan:
+    return once_per_forward(_plan, subtree_end, size=CHUNK if gate.ndim == 3 else CHUNK_PER_CHANNEL)
+
+
+def _plan(subtree_end: Tensor, *, size: int) -> _Plan:
+    row = chains(subtree_end)
+    chunks = -(-(row.run_stop - row.run_start) // size)  # of each run
+    depth_of_run = []
+    for parent in row.run_parent.tolist():
+        depth_of_run.append(depth_of_run[parent] + int(chunks[parent]) if parent >= 0 else 0)
+    after = chunks.cumsum()  # one past the last chunk of each run
+    run = np.repeat(np.arange(len(chunks)), chunks)
+    number = np.arange(len(run)) - (after - chunks)[run]  # of the chunk in its run
+    depth = np.array(depth_of_run)[run] + number
+    parent = np.where(number > 0, np.arange(len(run)) - 1, after[row.run_parent[run]] - 1)  # of roots: not used
+
+    order = np.argsort(depth, kind="stable")
+    count = np.bincount(depth)
+    rank = np.empty(len(order), np.int64)  # of each chunk within its depth
+    rank[order] = np.arange(len(order)) - np.repeat(count.cumsum() - count, count)
+    parents = np.split(rank[parent[order]], count.cumsum()[:-1])
+
+    begin = (row.run_start[run] + number * size)[order]
+    end = np.minimum(begin + size, row.run_stop[run][order])
+    place = begin[:, None] + np.arange(size)
+    place[place >= end[:, None]] = row.length
+    place = place.ravel()
+    slot = np.empty(row.length + 1, np.int64)
+    slot[place] = np.arange(len(place))
+
+    def tensor(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(subtree_end.device)
+
+    steps = [(int(n), tensor(p) if d else None) for d, (n, p) in enumerate(zip(count, parents, strict=True))]
+    return _Plan(tensor(place), tensor(slot[:-1]), steps, size)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -18,6 +16,7 @@ from .attention import using_backend
 from .integrations.transformers import NAME
 from .loss import chunk_size
 from .mask import BLOCK_SIZE, count_tiles
+from .recurrence import CHUNK, CHUNK_PER_CHANNEL
 from .tree import TokenTree
 
 # Forward, and backward twice that. Attention computes its scores again in the backward: five products to two.
@@ -92,7 +91,8 @@ def cost(tree: TokenTree, config: PreTrainedConfig) -> CostComparison:
     """Count a training step of a tree (a conversation, or a packed row), and of its passes run one after the other.
 
     A multiplication and an addition are two operations. Linear layers and activations are counted on the model itself,
-    built from the configuration without memory for weights; attention as 2 · (head_dim + value_dim) for each pair of each
+    built from the configuration without memory for weights; recurrences by chunks (`flexmask.recurrence`), as if every one were
+    full; attention as 2 · (head_dim + value_dim) for each pair of each
     visited tile and head (FlashAttention-2, arXiv 2307.08691, section 4), with the sliding windows of the layers that have
     them. The backward is twice the forward, 2.5 times in attention. Norms, activation functions and the optimiser are not
     counted. N passes one after the other keep the activations of one pass at a time: of the longest.
@@ -105,7 +105,10 @@ def cost(tree: TokenTree, config: PreTrainedConfig) -> CostComparison:
         ValueError: transformers knows no causal LM for this configuration.
         NotImplementedError: an architecture that a tree would train wrongly.
     """
-    model = _model(type(config), config.to_json_string(use_diff=False))
+    key = (type(config), config.to_json_string(use_diff=False))
+    if key not in _models:
+        _models[key] = _model(config)
+    model = _models[key]
     chunk = chunk_size(config.get_text_config().vocab_size)
     lengths = tree.pass_lengths
 
@@ -143,7 +146,22 @@ def _grouped_product_flops(states, weights, *args, out_shape=None, **kwargs) -> 
     return 2 * states[0] * weights[-2] * weights[-1]
 
 
-_EXPERTS = {torch.ops.aten._grouped_mm: _grouped_product_flops}
+def _scan_flops(query, key, value, gate, *args, out_shape=None, **kwargs) -> int:
+    """Of a recurrence, by chunks of S tokens: in each, pairs of queries and keys, and what is written for them; the state is
+    read, and written. With the delta rule pairs of keys, too, a triangular system, and what the state takes away."""
+    (_, length, heads, value_size), (key_heads, key_size) = value, key[2:]
+    size = CHUNK if len(gate) == 3 else CHUNK_PER_CHANNEL
+    state, pairs = 2 * key_size * value_size, 2 * size * key_size
+    flops = key_heads * pairs + heads * (2 * state + 2 * size * value_size)
+    if args[0] is not None:
+        flops += key_heads * pairs + heads * (state + size * (key_size + value_size))
+    return length * flops
+
+
+_UNKNOWN_TO_PYTORCH = {
+    torch.ops.aten._grouped_mm: _grouped_product_flops,
+    torch.ops.flexmask.tree_scan: _scan_flops,
+}
 
 
 @dataclass(frozen=True)
@@ -156,10 +174,12 @@ class _Model:
     activation_bytes: float
 
 
-@functools.lru_cache(maxsize=16)
-def _model(config_class: type[PreTrainedConfig], config: str) -> _Model:
+_models: dict[tuple[type, str], _Model] = {}  # configuration, as JSON -> what was counted
+
+
+def _model(config: PreTrainedConfig) -> _Model:
     """Run the model once on fake tensors, which have shapes only, and record what it does."""
-    config = config_class(**json.loads(config))
+    config = type(config).from_dict(config.to_dict())  # without what was chosen for a model: attention, experts
     with FakeTensorMode(), using_backend("blockwise"):  # whose operator is recorded
         model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.bfloat16).train()
         tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
@@ -173,7 +193,7 @@ def _model(config_class: type[PreTrainedConfig], config: str) -> _Model:
 
         calls = _AttentionCalls()
         with (
-            FlopCounterMode(display=False, custom_mapping=_EXPERTS) as flops,
+            FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_PYTORCH) as flops,
             calls,
             torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
         ):
@@ -189,7 +209,8 @@ def _model(config_class: type[PreTrainedConfig], config: str) -> _Model:
 
 
 class _AttentionCalls(TorchDispatchMode):
-    """Records the calls of tree attention, by the `blockwise` operator."""
+    """Records the calls of tree attention, by the `blockwise` operator. What convolutions compute again at forks, of which
+    fake tensors do not know how many there are, is left out."""
 
     def __init__(self):
         super().__init__()
@@ -199,4 +220,7 @@ class _AttentionCalls(TorchDispatchMode):
         if function is torch.ops.flexmask.blockwise_forward.default:
             query, _, value, *_, window = args
             self.tile_flops[window] += 2 * query.shape[1] * (query.shape[-1] + value.shape[-1]) * BLOCK_SIZE**2
+        if function is torch.ops.flexmask.conv_windows.default:
+            subtree_end, width = args
+            return tuple(subtree_end.new_empty(shape, dtype=torch.int64) for shape in ((0, width), (0,)))
         return function(*args, **kwargs or {})

@@ -25,7 +25,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .chains import Chains, chains
+from .chains import chains
 from .mask import once_per_forward
 
 # Tokens of a chunk. Longer ones mean fewer steps from state to state, and more work within.
@@ -54,8 +54,6 @@ def tree_conv(x: Tensor, width: int, subtree_end: Tensor, conv: Callable[[Tensor
     """
     out = conv(x)
     window, places = once_per_forward(_windows, subtree_end, width=width)
-    if not len(places):
-        return out
     flat, corrected = (rearrange(y, "b d l -> d (b l)") for y in (x, out))
     pieces = rearrange(torch.nn.functional.pad(flat, (0, 1))[:, window], "d t w -> t d w")
     corrected = corrected.index_copy(1, places, conv(pieces)[..., -1].T)
@@ -63,6 +61,11 @@ def tree_conv(x: Tensor, width: int, subtree_end: Tensor, conv: Callable[[Tensor
 
 
 def _windows(subtree_end: Tensor, *, width: int) -> tuple[Tensor, Tensor]:
+    return _windows_of(subtree_end, width)
+
+
+@torch.library.custom_op("flexmask::conv_windows", mutates_args=())
+def _windows_of(subtree_end: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """What the filter covers where it is not what lies to the left: int64 (T, width), with the number of tokens of the batch
     where there is nothing; and which tokens these are, int64 (T,)."""
     row = chains(subtree_end)
@@ -71,7 +74,14 @@ def _windows(subtree_end: Tensor, *, width: int) -> tuple[Tensor, Tensor]:
     places = places[(places < row.stop[:, None]) & (places > within)]  # before the first chain there are zeros anyhow
     window = np.concatenate([row.ancestors(places, width - 1), places[:, None]], axis=1)
     window[window < 0] = row.length
-    return tuple(torch.from_numpy(x).to(subtree_end.device) for x in (window, places))
+    window, places = (torch.from_numpy(x).to(subtree_end.device) for x in (window, places))
+    return window, places
+
+
+@_windows_of.register_fake
+def _(subtree_end, width):
+    count = torch.library.get_ctx().new_dynamic_size()
+    return subtree_end.new_empty((count, width), dtype=torch.int64), subtree_end.new_empty(count, dtype=torch.int64)
 
 
 # -------------------------------------------------------------------------------------------------------- recurrences
@@ -109,7 +119,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and for the backward what each token writes and (delta rule) what of it a state takes away."""
     plan = _plan_for(gate, subtree_end)
-    parts = [_forward_of(*part, plan, scale) for part in _by_heads(query, key, value, gate, beta, plan=plan)]
+    with torch.autocast(value.device.type, enabled=False):
+        parts = [_forward_of(*part, plan, scale) for part in _by_heads(query, key, value, gate, beta, plan=plan)]
     return tuple(torch.cat(columns, 2) for columns in zip(*parts, strict=True))
 
 
@@ -127,7 +138,7 @@ def _forward_of(query, key, value, gate, beta, plan: _Plan, scale: float) -> tup
 def _(query, key, value, gate, beta, subtree_end, scale):
     exact = _exact(value)
     taken = (*value.shape[:3], 0 if beta is None else key.shape[-1])
-    return torch.empty_like(value), value.new_empty(value.shape, dtype=exact), value.new_empty(taken, dtype=exact)
+    return value.new_empty(value.shape), value.new_empty(value.shape, dtype=exact), value.new_empty(taken, dtype=exact)
 
 
 @torch.library.custom_op("flexmask::tree_scan_backward", mutates_args=())
@@ -145,7 +156,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = _plan_for(gate, subtree_end)
     inputs = (query, key, value, gate, beta, d_out, written, taken)
-    parts = [_backward_of(*part, plan, scale) for part in _by_heads(*inputs, plan=plan)]
+    with torch.autocast(value.device.type, enabled=False):
+        parts = [_backward_of(*part, plan, scale) for part in _by_heads(*inputs, plan=plan)]
     return tuple(torch.cat(columns, 2) for columns in zip(*parts, strict=True))
 
 
@@ -213,8 +225,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, d_out, _, __):
-    *found, d_beta = _backward(d_out, *ctx.saved_tensors, ctx.scale)
-    return *found, None if ctx.saved_tensors[4] is None else d_beta, None, None
+    saved = ctx.saved_tensors
+    *found, d_beta = _backward(d_out, *saved, ctx.scale)
+    return *found, None if saved[4] is None else d_beta, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -186,11 +186,11 @@ def test_without_a_tree_it_is_the_library_attention(family):
 # Why -> families; of default configurations, or of those in CONFIGURED.
 REFUSED = {
     "layers of type": """
-        axk2 bailing_hybrid bamba deepseek_v32 deepseek_v4 dots3_note dots3_note_text falcon_h1 falcon_mamba glm_moe_dsa
-        granitemoehybrid hy_v4 inkling2_text inkling_text jamba kimi_linear lfm2 lfm2_moe lfm3 llama4 llama4_text mamba
-        mamba2 minimax minimax_m3_vl_text nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
-        qwen3_next qwen4_exp qwen4_exp_text zamba zamba2 zaya""",
-    "recurrent": "rwkv xlstm",
+        axk2 deepseek_v32 deepseek_v4 dots3_note dots3_note_text glm_moe_dsa hy_v4 inkling2_text inkling_text llama4
+        llama4_text minimax_m3_vl_text qwen4_exp qwen4_exp_text zaya""",
+    "Mamba 1": "falcon_mamba jamba mamba zamba",
+    "code of their own": "minimax rwkv xlstm",
+    "it takes no position_ids": "mamba2",
     "cannot be trained": "recurrent_gemma",  # the reason depends on the version of transformers
     "attention interface": """
         big_bird bloom codegen cpmant falcon gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp openai-gpt prophetnet
@@ -206,8 +206,6 @@ REFUSED = {
     "no logits_to_keep": "gemma4_unified_assistant",
 }
 CONFIGURED = {
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse"] * 60},
 }
 
@@ -233,7 +231,7 @@ def test_llama4_without_chunks_is_refused_too():
 
 
 @pytest.mark.parametrize(
-    "family", ["bart", "bloom", "doge", "falcon", "gptj", "lfm2", "mamba", "nemotron", "qwen3_next", "rwkv", "stablelm"]
+    "family", ["bart", "bloom", "doge", "falcon", "gptj", "jamba", "mamba", "minimax", "nemotron", "rwkv", "stablelm"]
 )
 def test_refused_when_loaded(family):
     """Found: falcon failed with a KeyError; mamba and nemotron were trained without an error, and wrongly."""
@@ -275,7 +273,7 @@ def test_an_unknown_class_is_judged_by_itself():
     config = NewConfig(**COMMON, attn_implementation="flexmask")
     New(config)
     for model_class, reason in (
-        (NewRecurrent, "recurrent"),
+        (NewRecurrent, "code of their own"),
         (NewWithoutPositions, "position_ids"),
         (NewWithoutTargets, "logits_to_keep"),
     ):

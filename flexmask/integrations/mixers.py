@@ -12,7 +12,7 @@ import inspect
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, ModuleType
 
 import torch
@@ -51,7 +51,7 @@ def _delta_rule(
     output_final_state=False,
     **kwargs,
 ):
-    _refuse_others(kwargs, "initial_state", "cu_seqlens", "cu_seq_lens_q", "use_gate_in_kernel")
+    _refuse_others(kwargs, "initial_state", "cu_seqlens", "use_gate_in_kernel")
     if use_qk_l2norm_in_kernel:
         query, key = (_normalized(x) for x in (query, key))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -95,7 +95,7 @@ def _unfused(library, *args, subtree_end, **kwargs) -> None:
 
 
 def _refuse_others(kwargs: dict, *names: str) -> None:
-    found = [name for name in names if kwargs.get(name) not in (None, False)]
+    found = [name for name in names if kwargs.get(name) is not None and kwargs[name] is not False]
     if found:
         raise ValueError(f"got {' and '.join(found)} beside subtree_end; a tree batch is a whole row and takes neither")
 
@@ -108,6 +108,7 @@ _OURS = {
     "torch_chunk_gated_delta_rule": _delta_rule,
 }
 _SCANS = {"chunk_kimi_delta_attention", "mamba2_chunk_scan", "torch_chunk_gated_delta_rule"}
+_ATTENTION = "ALL_ATTENTION_FUNCTIONS"  # through which the library's attention layers find theirs
 # Functions with a state that have no counterpart of ours.
 _OTHERS = {"mamba_selective_scan", "mamba_inner_fn"}
 
@@ -212,6 +213,7 @@ def watch(model: torch.nn.Module) -> None:
 def _before(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     if kwargs.get("subtree_end") is None:
         return None
+    _refuse_others(kwargs, "past_key_values", "cu_seq_lens_q", "seq_idx")
     if not torch.compiler.is_compiling():
         _noted.attention.clear()
         _noted.calls.clear()
@@ -222,14 +224,30 @@ def _after(model: torch.nn.Module, args: tuple, kwargs: dict, output) -> None:
     if kwargs.get("subtree_end") is None or torch.compiler.is_compiling():
         return
     expected: Counter = Counter()
+    mixing: list[str] = []  # names of the modules that mix tokens
     for name, module in model.named_modules():
         called = set() if isinstance(module, PreTrainedModel) else _called(type(module))
-        if "ALL_ATTENTION_FUNCTIONS" in called and id(module) not in _noted.attention:
+        if _ATTENTION in called and id(module) not in _noted.attention:
             raise _not_asked(model, f"{name} ({type(module).__name__})")
-        expected.update(called & (_SCANS | {"causal_conv1d_fn"}))
+        asks = called & (_SCANS | {_ATTENTION, "causal_conv1d_fn"})
+        expected.update(asks - {_ATTENTION})
+        if asks:
+            mixing.append(name)
     for name, count in expected.items():
         if _noted.calls[name] < count:
             raise _not_asked(model, f"{count - _noted.calls[name]} of {count} layers that call {name}")
+    for name, layer in _layers(model):
+        if not any(mixer.startswith(f"{name}.") for mixer in mixing):
+            raise _not_asked(model, f"{name} ({type(layer).__name__})")
+
+
+def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Its layers that should mix tokens: all but those of experts and the like, of which a configuration may tell."""
+    types = getattr(model.config, "layer_types", None) or [None] * model.config.num_hidden_layers
+    layers = getattr(model, "layers", ())
+    for index, (kind, layer) in enumerate(zip(types, layers, strict=False)):
+        if kind not in ("mlp", "moe"):
+            yield f"layers.{index}", layer
 
 
 def _not_asked(model: torch.nn.Module, who: str) -> NotImplementedError:

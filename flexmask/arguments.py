@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from .data import OVERLONG
+from .messages import COLUMNS, is_weight
 from .passes import EMPTY_REASONING, TRAIN_ON
 from .sources import SUFFIXES
 from .tree import LOSS_REDUCTIONS
@@ -48,21 +49,34 @@ class DatasetArguments:
 
     name: str
     weight: float | None = None
-    split: str = "train"
+    split: str | None = None
     config: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not isinstance(self.split, str):
-            raise ValueError(f"the dataset {self.name!r} needs texts as name and split")
-        if self.weight is not None and not 0 < self.weight < math.inf:
-            raise ValueError(f"the weight of {self.name} is {self.weight}, expected a number above 0")
+        for name in ("name", "split", "config"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "name"):
+                raise ValueError(f"the {name} of dataset {self.name!r} is {value!r}, expected a text")
+        if self.weight is not None and not (is_weight(self.weight) and self.weight):
+            raise ValueError(f"the weight of {self.name} is {self.weight!r}, expected a number above 0")
         if not isinstance(self.columns, dict) or not all(isinstance(text, str) for text in self.columns.values()):
             raise ValueError(f"columns is {json.dumps(self.columns)}, expected names of columns as names and values")
+        for name in self.columns.keys() - set(COLUMNS):
+            raise ValueError(f"columns has the name {name!r}, expected one of {', '.join(COLUMNS)}")
+        if len(set(self.columns.values())) < len(self.columns):
+            raise ValueError(f"columns is {json.dumps(self.columns)}, expected each column of the records once")
+        if self.is_file and self.split is not None:
+            raise ValueError(
+                f"{self.name} is a file, which has no split {self.split!r}; leave it out, and hold conversations out with "
+                "test_size, or put them into a file of their own"
+            )
+        if not self.is_hub and self.config is not None:
+            raise ValueError(f"{self.name} is no hub dataset, so it has no config {self.config!r}; leave it out")
 
     @classmethod
     def of(cls, entry: str, **common) -> DatasetArguments:
-        """From a name, or an object in JSON."""
+        """From a name, or an object in JSON; `common` holds what it does not say."""
         own = _json_object("dataset_name", entry) if entry.lstrip().startswith("{") else {"name": entry}
         if "name" not in own or own.keys() - {f.name for f in fields(cls)}:
             raise ValueError(f"dataset_name has {entry}, expected an object with name, weight, config, split, columns")
@@ -71,6 +85,10 @@ class DatasetArguments:
     @property
     def is_file(self) -> bool:
         return self.name.lower().endswith(SUFFIXES)
+
+    @property
+    def is_hub(self) -> bool:
+        return not self.is_file and self.name != GENERATED_DATA
 
 
 @dataclass
@@ -89,13 +107,15 @@ class DataArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of hub datasets."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of hub datasets."})
+    dataset_train_split: str | None = field(default=None, metadata={"help": "Split of hub datasets. Default: train."})
     columns: str = field(
         default="{}",
         metadata={"help": 'JSON: our names of columns to those in the records, e.g. {"messages": "chat"}.'},
     )
     eval_dataset_name: list[str] | None = field(default=None, metadata={"help": "For evaluation, likewise."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split of hub datasets for evaluation."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split of hub datasets for evaluation. Default: test."}
+    )
     test_size: float | None = field(
         default=None,
         metadata={"help": "Conversations to hold out for evaluation, drawn by the seed: a part below 1, or how many."},
@@ -137,8 +157,9 @@ class DataArguments:
         if self.test_size is not None and (self.eval_dataset_name or self.streaming):
             other = "eval_dataset_name" if self.eval_dataset_name else "streaming"
             raise ValueError(f"test_size and {other} exclude each other")
-        self.train_datasets()
-        self.eval_datasets()
+        datasets = self.train_datasets() + self.eval_datasets()
+        if self.dataset_config is not None and not any(dataset.is_hub for dataset in datasets):
+            raise ValueError(f"dataset_config is {self.dataset_config!r}, but there is no hub dataset; leave it out")
 
     def train_datasets(self) -> list[DatasetArguments]:
         """What to train on."""
@@ -154,23 +175,16 @@ class DataArguments:
 
     def eval_datasets(self) -> list[DatasetArguments]:
         """What to evaluate on: each conversation once."""
-        return [replace(d, weight=None) for d in self._datasets(self.eval_dataset_name or [], self.dataset_test_split)]
+        found = self._datasets(self.eval_dataset_name or [], self.dataset_test_split)
+        with_splits = [d if d.split is not None or d.is_file else replace(d, split="test") for d in found]
+        return [replace(dataset, weight=None) for dataset in with_splits]
 
-    def _datasets(self, entries: list[str], split: str) -> list[DatasetArguments]:
-        common = {"split": split, "columns": _json_object("columns", self.columns)}
-        found = []
-        for entry in entries:
-            own = _json_object("dataset_name", entry) if entry.lstrip().startswith("{") else {"name": entry}
-            unknown = own.keys() - {f.name for f in fields(DatasetArguments)}
-            if unknown or "name" not in own:
-                raise ValueError(
-                    f"dataset_name has {entry}, expected an object with name, weight, config, split, columns"
-                )
-            dataset = DatasetArguments(**common | own)
-            if dataset.config is None and not dataset.is_file:
-                dataset = replace(dataset, config=self.dataset_config)
-            found.append(dataset)
-        return found
+    def _datasets(self, entries: list[str], split: str | None) -> list[DatasetArguments]:
+        # A common split reaches files too, which refuse it: ignored, training and evaluation could be the same data.
+        columns = _json_object("columns", self.columns)
+        found = [DatasetArguments.of(entry, split=split, columns=columns) for entry in entries]
+        config = self.dataset_config
+        return [replace(d, config=config) if d.is_hub and d.config is None else d for d in found]
 
 
 @dataclass
@@ -249,6 +263,11 @@ class OnePassTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, expected 0: the Trainer's smoothing shifts the "
                 "labels by one token, and a target need not be the right neighbour of where it is predicted"
+            )
+        if self.world_size > 1 and not self.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices must be true: the loss is a mean over the targets of all ranks, and one that "
+                "has no row left has none of its own"
             )
         if self.n_gpu > 1:
             raise ValueError(

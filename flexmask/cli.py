@@ -96,7 +96,11 @@ def _config_flags(argv: list[str]) -> list[str]:
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+        try:
+            # A date is a text that YAML reads otherwise.
+            flags += [f"--{name}", *(json.dumps(v, default=str) if isinstance(v, dict) else str(v) for v in values)]
+        except TypeError as error:
+            raise ArgumentError(f"{path}: {name} is no JSON ({error}); put its names in quotes") from error
     return flags
 
 

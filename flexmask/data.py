@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -21,16 +24,16 @@ import pyarrow as pa
 import tokenizers
 import transformers
 from datasets.utils import tqdm
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from .messages import Conversation, ConversationError, read_conversation, without_nulls
+from .messages import TOO_DEEP, Conversation, ConversationError, read_conversation
 from .passes import Pass, render_conversation
-from .sources import HubDataset, InMemory, Record, Source, open_source
+from .sources import HubDataset, InMemory, Record, Source, cleared, open_source
 from .tree import LOSS_REDUCTIONS, TokenTree
 
 OVERLONG = ("error", "drop", "truncate")
 CHUNK = 64  # conversations that a process renders at once, and trees of a record batch: a few MB
-NOTE, IGNORED = "note: ", "ignored: "  # what names of counts begin with
+NOTE, IGNORED, ABSENT = "note: ", "ignored: ", "absent: "  # what names of counts begin with
 
 TREES, COUNTED = "trees.arrow", "counted.json"  # files of a preparation
 
@@ -57,6 +60,7 @@ class Counts:
         largest_token: the largest token id of all trees.
         notes: what rendering has to say, and of how much.
         ignored: keys of the records that nobody reads, and in how many.
+        absent: names of `columns`, and how many records lack them.
     """
 
     conversations: int = 0
@@ -72,12 +76,13 @@ class Counts:
     largest_token: int = 0
     notes: Mapping[str, int] = field(default_factory=dict)
     ignored: Mapping[str, int] = field(default_factory=dict)
+    absent: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, counted: Mapping[str, int], **more):
         """From what a `TreeMaker` counts."""
         numbers = {f.name: counted[f.name] for f in fields(Counts) if f.name in counted}
-        for name, prefix in (("notes", NOTE), ("ignored", IGNORED)):
+        for name, prefix in (("notes", NOTE), ("ignored", IGNORED), ("absent", ABSENT)):
             numbers[name] = {k.removeprefix(prefix): n for k, n in sorted(counted.items()) if k.startswith(prefix)}
         return cls(**numbers, **more)
 
@@ -102,6 +107,8 @@ class Counts:
         if self.ignored:
             text += "\nnobody reads these keys of the records: "
             text += ", ".join(f"{key} ({count:,})" for key, count in self.ignored.items())
+        for name, count in self.absent.items():
+            text += f"\n{count:,} records lack the column {name}, which columns names"
         return text
 
 
@@ -201,7 +208,7 @@ def _lists(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def load_conversations(
     name: str,
-    split: str = "train",
+    split: str | None = None,
     *,
     config: str | None = None,
     columns: Mapping[str, str] | None = None,
@@ -218,13 +225,23 @@ def load_conversations(
 
     Raises:
         ConversationError: naming file and line (`data.jsonl:12`) or conversation (`data.json: conversation 11`,
-            counted from zero), and what is wrong there.
+            counted from zero), and what is wrong there; or a name in `columns` that no record has.
     """
     source = open_source(name, split, config)
     conversations = [read_conversation(record, origin, columns) for origin, record in source.read(0, len(source))]
     if not conversations:
         raise ConversationError(f"{source.name}: holds no conversations")
+    _check_columns(source.name, Counter(name for c in conversations for name in c.absent), len(conversations))
     return conversations
+
+
+def _check_columns(name: str, absent: Mapping[str, int], conversations: int) -> None:
+    for column, count in absent.items():
+        if count == conversations:
+            origin = f"{name}: " if name else ""
+            raise ConversationError(
+                f"{origin}no record has the column {column!r}, which columns names; is it misspelt?"
+            )
 
 
 @dataclass(frozen=True)
@@ -238,7 +255,7 @@ class TreeMaker:
             it; but a single pass must fit.
         overlong: what becomes of a conversation with a longer pass. "error"; "drop": it is left out; "truncate":
             every pass is cut after so many tokens, as trainers on separate sequences do, passes left without a
-            supervised token are removed, and a conversation left without a pass is dropped.
+            supervised token of any weight are removed, and a conversation left without a pass is dropped.
         loss_reduction: what the loss is a mean of, see `TokenTree.from_passes`.
         columns: see `load_conversations`.
         template_options: options of `render_passes`, arguments of the template among them.
@@ -281,7 +298,10 @@ class TreeMaker:
                 origin is named.
         """
         conversation, notes = self.conversation(record), Counter()
-        passes = render_conversation(conversation, self.tokenizer, counts=notes, **self.template_options)
+        try:
+            passes = render_conversation(conversation, self.tokenizer, counts=notes, **self.template_options)
+        except RecursionError as error:
+            raise ConversationError(f"{conversation.origin}: {TOO_DEEP}") from error
         try:
             kept = passes
             for name, limit in self._limits():
@@ -308,6 +328,7 @@ class TreeMaker:
         )
         counted.update({NOTE + name: count for name, count in notes.items()})
         counted.update(IGNORED + key for key in conversation.ignored)
+        counted.update(ABSENT + name for name in conversation.absent)
         return tree, counted, max(len(p.input_ids) for p in passes)
 
     def fingerprint(self, limits: bool) -> dict:
@@ -343,18 +364,20 @@ def build_trees(conversations: Iterable[Mapping], tokenizer, *, num_proc: int | 
 
     Raises:
         ConversationError: a conversation cannot be rendered, is too long, or has token ids outside the vocabulary;
-            its origin is named, or its index (`conversation 11`, counted from zero).
+            its origin is named, or its index (`conversation 11`, counted from zero). Or no record has a name in `columns`.
         ValueError: an option that is refused.
     """
     if isinstance(conversations, datasets.Dataset):
         source = HubDataset("", conversations)
     else:
-        cleared = [c if isinstance(c, Conversation) else without_nulls(c) for c in conversations]
-        source = InMemory("", cleared)
+        records = enumerate(conversations)
+        source = InMemory(
+            "", [c if isinstance(c, Conversation) else cleared(f"conversation {i}", c)[1] for i, c in records]
+        )
     maker = tree_maker(tokenizer, **options)
     batches: list[pa.RecordBatch] = []
     counted = _collect(_batches(source, len(source), maker, num_proc or 1), batches.append)
-    return _preparation(batches, counted)
+    return _checked(_preparation(batches, counted), source)
 
 
 def tree_maker(tokenizer, **options) -> TreeMaker:
@@ -373,13 +396,15 @@ def prepare(
     cache_dir: str | os.PathLike | None = None,
     num_proc: int | None = None,
     progress: bool = True,
+    tell: Callable[[str], object] = print,
 ) -> Preparation:
     """The trees of a source, made once and kept: Arrow on disk, read by memory map.
 
     What is kept is found again by its content: the records, the tokenizer and its template, the options, the code that makes
     trees. A change of any of them makes other trees; of the limits on passes (`max_length`, `max_tokens`, `overlong`) only
     where a pass is longer than they allow. Of several processes that want the same, on one machine or one file system, the
-    first makes it and the others wait.
+    first makes it and the others wait. A template that writes today's date writes that of the preparation: it is made anew
+    for another template, not for another day.
 
     Args:
         source: of `sources.open_source`.
@@ -388,6 +413,7 @@ def prepare(
         cache_dir: where to keep it; by default in the cache of the `datasets` library.
         num_proc: processes to render with; by default one for each core, if there is enough to do.
         progress: show a bar.
+        tell: called with a line before waiting for another process.
 
     Raises:
         ConversationError: as for `build_trees`; or there are no conversations.
@@ -400,12 +426,11 @@ def prepare(
     unlimited, limited = (
         folder / _hash([source.fingerprint, count, maker.fingerprint(limits=limits)]) for limits in (False, True)
     )
-    with FileLock(f"{unlimited}.lock"):
+    with _lock(f"{unlimited}.lock", source, tell):
         for path in (unlimited, limited):
-            if path.exists():
-                found = _load(path)
-                if path == limited or maker.fits(found.longest_pass):
-                    return found
+            found = _found(path)
+            if found and (path == limited or maker.fits(found.longest_pass)):
+                return _checked(found, source)
         making = Path(f"{unlimited}.making")
         shutil.rmtree(making, ignore_errors=True)  # of a run that was killed
         making.mkdir()
@@ -416,7 +441,37 @@ def prepare(
             raise
         path = unlimited if maker.fits(counted["longest_pass"]) else limited
         os.replace(making, path)
+        return _checked(_load(path), source)
+
+
+@contextmanager
+def _lock(path: str, source: Source, tell: Callable[[str], object]) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        tell(f"{source.name}: another process prepares it, waiting for it to let go of {path}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _found(path: Path) -> Preparation | None:
+    """What is kept there. A damaged one is removed, so that it is made anew."""
+    if not path.exists():
+        return None
+    try:
         return _load(path)
+    except (pa.ArrowException, OSError, ValueError):  # cut short by a crash or a full disk
+        shutil.rmtree(path)
+        return None
+
+
+def _checked(preparation: Preparation, source: Source) -> Preparation:
+    _check_columns(source.name, preparation.absent, preparation.conversations)
+    return preparation
 
 
 def _write(folder: Path, source: Source, count: int, maker: TreeMaker, num_proc: int, progress: bool) -> Counter:
@@ -424,6 +479,9 @@ def _write(folder: Path, source: Source, count: int, maker: TreeMaker, num_proc:
     with pa.OSFile(str(folder / TREES), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer, bar:
         counted = _collect(_batches(source, count, maker, num_proc), writer.write_batch, bar.update)
     (folder / COUNTED).write_text(json.dumps(counted))
+    for name in (TREES, COUNTED):  # on the disk before the folder gets its name, else a crash could leave it half empty
+        with open(folder / name, "rb+") as file:
+            os.fsync(file.fileno())
     return counted
 
 
@@ -498,6 +556,13 @@ def _hand_over(*given) -> None:
     global _handed_over
     _handed_over = given
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each has a core; and without a word the library warns of the fork
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A parent that is killed tells nobody: its workers would wait for work for ever, and keep the lock."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _batch_in_worker(indices: range) -> tuple[pa.RecordBatch, Counter, int]:
@@ -513,6 +578,7 @@ def _processes(count: int) -> int:
 def tokenizer_fingerprint(tokenizer) -> str:
     """The same for the same tokenizer loaded anew or used in between, another for any other."""
     state = [type(tokenizer).__name__, len(tokenizer), tokenizer.chat_template, dict(tokenizer.special_tokens_map)]
+    state.append(bool(tokenizer.split_special_tokens))
     if tokenizer.is_fast:
         serialised = json.loads(tokenizer.backend_tokenizer.to_str())
         # Using a tokenizer sets these two; rendering uses neither.
@@ -522,6 +588,10 @@ def tokenizer_fingerprint(tokenizer) -> str:
             files = [Path(path) for path in tokenizer.save_vocabulary(folder) if path]
             state += [(path.name, hashlib.blake2b(path.read_bytes()).hexdigest()) for path in files]
         state.append({index: repr(token) for index, token in tokenizer.added_tokens_decoder.items()})
+        # How such a tokenizer works is in what it was made with, except where from.
+        places = {"name_or_path", "is_local", "local_files_only", "special_tokens_map_file", "tokenizer_file"}
+        places |= set(tokenizer.vocab_files_names)
+        state.append({name: repr(value) for name, value in tokenizer.init_kwargs.items() if name not in places})
     return _hash(state)
 
 
@@ -539,7 +609,13 @@ def _limit(passes: list[Pass], name: str, limit: int | None, overlong: str) -> l
         return []
     columns = ("input_ids", "loss_mask", "token_weight")
     cut = [replace(p, **{c: getattr(p, c)[:limit] for c in columns if getattr(p, c) is not None}) for p in passes]
-    return [p for p in cut if any(p.loss_mask)]
+    return [p for p in cut if _is_trained(p)]
+
+
+def _is_trained(p: Pass) -> bool:
+    """Whether a supervised token has a weight: where thoughts weigh nothing, a pass cut inside its thought has none."""
+    token_weight = 1 if p.token_weight is None else np.asarray(p.token_weight)
+    return bool(np.any(np.asarray(p.loss_mask, bool) * token_weight * p.weight))
 
 
 def _hash(value) -> str:
@@ -559,6 +635,6 @@ def _hash(value) -> str:
 def _code() -> str:
     """Of the code that makes trees: what an older version prepared is not found."""
     here = Path(__file__).parent
-    files = [here / f"{name}.py" for name in ("messages", "tree", "data")] + [*here.glob("passes/*.py")]
+    files = [here / f"{name}.py" for name in ("messages", "sources", "tree", "data")] + [*here.glob("passes/*.py")]
     sources = [file.read_text() for file in sorted(files)]
     return _hash([sources, transformers.__version__, tokenizers.__version__])

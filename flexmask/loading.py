@@ -25,7 +25,7 @@ SAMPLE = 64  # records at the beginning of a stream that are looked at before tr
 def open_dataset(dataset: DatasetArguments, seed: int = 0, streaming: bool = False) -> Source:
     """Its records; of generated conversations the seed decides."""
     if dataset.name == GENERATED_DATA:
-        return InMemory(GENERATED_DATA, demo.conversations(512 if dataset.split == "train" else 64, seed=seed))
+        return InMemory(GENERATED_DATA, demo.conversations(512 if dataset.split in (None, "train") else 64, seed=seed))
     return open_source(dataset.name, dataset.split, dataset.config, streaming)
 
 
@@ -114,7 +114,7 @@ class Loader:
         """Their trees mixed, and packed.
 
         Raises:
-            ConversationError: there are none.
+            ConversationError: there are none, or none of a dataset that has a weight.
         """
         trees = mix(parts, self.seed)
         if not len(trees):
@@ -123,8 +123,8 @@ class Loader:
                 f"{self.args.max_tokens})"
             )
         if any(part.weight is not None for part in parts):
-            total = sum(part.weight for part in parts)
-            shares = (f"{part.source.name} {part.weight / total:.1%}" for part in parts)
+            drawn = zip(parts, numbers(parts))
+            shares = (f"{part.source.name} {number / len(trees):.1%} ({number:,})" for part, number in drawn)
             self.tell(f"in an epoch {len(trees):,} trees: {', '.join(shares)}")
         rows = pack(trees, self.args.max_tokens)
         repeated = int(rows.lengths.sum() - trees.lengths.sum())
@@ -137,6 +137,7 @@ class Loader:
         datasets = self.args.train_datasets()
         streams, trees, whole = [], [], []
         for dataset in datasets:
+            before = len(trees)
             made = TreeStream(
                 open_dataset(dataset, self.seed, streaming=True),
                 self._maker(columns=dataset.columns),
@@ -149,11 +150,10 @@ class Loader:
                     trees.append(tree)
                     if not counted["targets_lost"]:
                         whole.append(made.maker.conversation(record()))
+            if dataset.weight is not None and len(trees) == before:
+                raise ConversationError(_nothing([dataset]))  # its share would be that of the others
         if not trees:
-            raise ConversationError(
-                f"{', '.join(dataset.name for dataset in datasets)}: among the first {SAMPLE} records there is nothing to "
-                "train on"
-            )
+            raise ConversationError(_nothing(datasets))
         weights = None if datasets[0].weight is None else [dataset.weight for dataset in datasets]
         items = Interleaved(streams, weights, self.seed)
         return RowStream(items, self.args.max_tokens, make=operator.call), trees, whole
@@ -169,10 +169,16 @@ class Loader:
                 cache_dir=self.args.dataset_cache_dir,
                 num_proc=self.args.dataset_num_proc,
                 progress=self.progress,
+                tell=self.tell,
             )
             self.tell(f"{dataset.name}: {prepared}\nkept in {prepared.path}")
             parts.append(Part(source, maker, prepared, np.arange(len(prepared.trees)), dataset.weight))
         return parts
+
+
+def _nothing(datasets: Sequence[DatasetArguments]) -> str:
+    names = ", ".join(dataset.name for dataset in datasets)
+    return f"{names}: among the first {SAMPLE} records there is nothing to train on"
 
 
 @dataclass(frozen=True)
@@ -211,19 +217,36 @@ def hold_out(parts: Sequence[Part], test_size: float, seed: int) -> tuple[list[P
     return rest, held_out
 
 
+def numbers(parts: Sequence[Part]) -> list[int]:
+    """How many trees of each there are in an epoch, see `mix`."""
+    sizes = np.array([len(part.rows) for part in parts])
+    if parts[0].weight is None:
+        return sizes.tolist()
+    for part, size in zip(parts, sizes):
+        if not size:
+            raise ConversationError(
+                f"{part.source.name}: nothing is left to train on, so it cannot have a weight of {part.weight}; leave it out, "
+                "or raise max_length or max_tokens"
+            )
+    weights = np.array([part.weight for part in parts])
+    return np.rint(weights * (sizes / weights).max()).astype(int).tolist()
+
+
 def mix(parts: Sequence[Part], seed: int) -> Trees:
     """The trees of an epoch. Without weights each comes once. With weights, the numbers of trees are in their proportion, and
     as small as they can be with each tree in it at least once: those of a part that has too few come several times, the last
-    time some of them, drawn by the seed."""
-    sizes = np.array([len(part.rows) for part in parts])
+    time some of them, drawn by the seed.
+
+    Raises:
+        ConversationError: a dataset that has a weight has no trees.
+    """
     trees = reduce(operator.add, (part.trees for part in parts))
     if parts[0].weight is None:
         return trees
-    weights = np.array([part.weight for part in parts])
-    wanted = np.rint(weights * (sizes / weights).max()).astype(int)
+    sizes = np.array([len(part.rows) for part in parts])
     rng, taken = np.random.default_rng(seed), []
-    for size, start, count in zip(sizes, np.cumsum(sizes) - sizes, wanted):
-        times, some = divmod(count, size) if size else (0, 0)
+    for size, start, count in zip(sizes, np.cumsum(sizes) - sizes, numbers(parts)):
+        times, some = divmod(count, size)
         drawn = np.sort(rng.permutation(size)[:some])
         taken += [start + np.arange(size)] * times + [start + drawn]
     return trees.take(np.concatenate(taken))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -33,7 +32,7 @@ WEIGHTS = ("weight", "reasoning_weight")
 # Columns of a record, each under the names that others use.
 _TOOLS = ("tools", "functions", "tool_defs")
 _SYSTEM = ("system", "system_prompt")
-_READ = {"messages", "conversations", "prompt", "completion", "chat_template_kwargs", *_TOOLS, *_SYSTEM}
+COLUMNS = ("messages", "conversations", "prompt", "completion", "chat_template_kwargs", *_TOOLS, *_SYSTEM)
 _OF_A_REQUEST = {"add_generation_prompt", "continue_final_message", "tokenize"}  # to a server; training decides itself
 _RESERVED = {
     "messages",
@@ -79,6 +78,7 @@ _THINK = re.compile(r"</?think>")
 _BLOCK = re.compile(r"\s*<think>(.*?)</think>(?:[ \t]*\n+|[ \t]+|$)?", re.DOTALL)
 _CLOSED_BLOCK = re.compile(r"(.*?)(?:\n</think>[ \t]*\n*|</think>(?:[ \t]*\n+|$))", re.DOTALL)
 
+TOO_DEEP = "is nested too deeply"
 NOTHING_TO_TRAIN = 'no assistant message to train (none at all, or all have "train": false or weight 0)'
 
 
@@ -93,11 +93,13 @@ class Conversation(dict):
         origin: where it came from (`data.jsonl:12`), for errors that are found later.
         names: what each message is called in errors, by its place in the record (`message 3 (user)`).
         ignored: keys of the record that nobody reads.
+        absent: names of `columns` that the record lacks.
     """
 
     origin: str = ""
     names: Sequence[str] = ()
     ignored: Sequence[str] = ()
+    absent: Sequence[str] = ()
 
 
 def read_conversation(record, origin: str = "", columns: Mapping[str, str] | None = None) -> Conversation:
@@ -109,26 +111,31 @@ def read_conversation(record, origin: str = "", columns: Mapping[str, str] | Non
             `tool_defs`; `system` or `system_prompt`, a text that becomes the first message; `chat_template_kwargs`. Lists
             and objects may be JSON text.
         origin: where it came from; errors begin with it.
-        columns: name here -> name in the record, for records that call these columns otherwise.
+        columns: name here -> name in the record, for records that call these columns otherwise. A column that has the name
+            here, and is not meant, is not read.
 
     Raises:
         ConversationError: naming the origin, the message and the field; what came and what is expected.
     """
     try:
         return _read(record, origin, columns or {})
-    except ConversationError as error:
-        raise ConversationError(f"{origin}: {error}" if origin else str(error)) from error
+    except (ConversationError, RecursionError) as error:
+        said = TOO_DEEP if isinstance(error, RecursionError) else error
+        raise ConversationError(f"{origin}: {said}" if origin else str(said)) from error
 
 
 def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
     if not isinstance(record, Mapping):
         raise ConversationError(f"is {type(record).__name__}, expected an object with messages")
     record = {key: value for key, value in record.items() if value is not None}
+    renamed = {ours: theirs for ours, theirs in columns.items() if theirs in record}
+    absent = [theirs for theirs in columns.values() if theirs not in record]
     for ours, theirs in columns.items():
-        if theirs in record:
-            record[ours] = record.pop(theirs)
-        elif ours in ("messages", "conversations", "prompt", "completion"):
+        if theirs in absent and ours in ("messages", "conversations", "prompt", "completion"):
             raise ConversationError(f"has the keys {_keys(record)}, expected {theirs} (which holds {ours})")
+    overwritten = record.keys() & renamed.keys() - set(renamed.values())
+    rest = {key: value for key, value in record.items() if key not in renamed.values()}
+    record = rest | {ours: record[theirs] for ours, theirs in renamed.items()}
     written, names = _written_messages(record)
     system = _one_of(record, _SYSTEM)
     if system is not None and not isinstance(system, str):
@@ -144,8 +151,8 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
     messages = [_message(message, name) for message, name in zip(written, names, strict=True)]
     if not any(map(is_trained, messages)):
         raise ConversationError(NOTHING_TO_TRAIN)
-    ignored = []
-    for key in record.keys() - _READ:
+    ignored = list(overwritten)
+    for key in record.keys() - set(COLUMNS):
         if key in _MEANT and _MEANT[key][0](record[key]):
             raise ConversationError(f"has a key {key!r}, which {_MEANT[key][1]}; remove it from the record")
         ignored.append(str(key))
@@ -155,9 +162,9 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
         ignored += record.keys() & {"prompt", "completion"}
 
     conversation = Conversation(
-        {key: value for key, value in record.items() if key not in _READ} | {"messages": messages}
+        {key: value for key, value in record.items() if key not in COLUMNS} | {"messages": messages}
     )
-    conversation.origin, conversation.ignored = origin, sorted(ignored)
+    conversation.origin, conversation.ignored, conversation.absent = origin, sorted(ignored), absent
     conversation.names = [
         f"{name} ({m['role']})" if name != "system column" else name for name, m in zip(names, messages)
     ]
@@ -298,12 +305,23 @@ def reasoning_of(message: Mapping) -> str:
 
 def without_nulls(value):
     """Without the keys whose value is null, at any depth: Arrow puts them where another row has the key. Values of numpy and
-    pandas become Python's own."""
+    pandas become Python's own.
+
+    Raises:
+        ConversationError: it is nested too deeply.
+    """
+    try:
+        return _without_nulls(value)
+    except RecursionError as error:
+        raise ConversationError(TOO_DEEP) from error
+
+
+def _without_nulls(value):
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _with_results_apart(messages: Sequence, names: Sequence[str]) -> tuple[list, list[str]]:
@@ -351,6 +369,10 @@ def _message(message, name: str) -> dict:
         _read_calls(message, where)
         if message.get("tool_calls"):
             message.setdefault("content", "")
+    else:
+        for key in ("tool_calls", "function_call"):
+            if _is_given(message.pop(key, False)):
+                raise ConversationError(f"{where}: has {key}, which only an assistant's message may have")
     reasoning = _read_content(message, where)
     if role == "assistant":
         _read_reasoning(message, reasoning, where)
@@ -501,8 +523,3 @@ def _short(value) -> str:
     """For errors."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
-
-
-def count_ignored(conversations: Sequence[Conversation]) -> Counter:
-    """Keys of records that nobody reads -> in how many records."""
-    return Counter(key for conversation in conversations for key in conversation.ignored)

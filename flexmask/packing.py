@@ -112,9 +112,11 @@ class RowStream(IterableDataset):
     one, and a batch is one row.
 
     Args:
-        items: anything that can be iterated, once for each epoch, and gives the same items in the same order to everyone.
+        items: anything that can be iterated, once for each epoch, and gives the same items in the same order to everyone
+            (a hub stream does not: `sources.HubDataset` reads it so).
         max_tokens: tokens in a row, at most.
-        make: an item -> its tree, or None if it is left out, and what there is to count.
+        make: an item -> its tree, or None if it is left out, and what there is to count. Of names like `note: this`, which
+            may be any number, the rarest become `note: others` where there are too many to keep.
         buffer_size: how many trees are packed at a time.
     """
 
@@ -143,13 +145,9 @@ class RowStream(IterableDataset):
 
     @property
     def counted(self) -> Counter:
-        """What was counted in the items of this rank that were read so far in this epoch, by all workers. Workers read ahead
-        of what was trained."""
-        counted = Counter()
-        for slot in self._counted.numpy():
-            text = slot.tobytes().rstrip(b"\0")
-            counted.update(json.loads(text) if text else {})
-        return counted
+        """What was counted in all items of this rank that were read so far, by all workers, in every epoch anew. Workers read
+        ahead of what was trained."""
+        return sum(map(self._told, range(len(self._counted))), Counter())
 
     def __iter__(self) -> Iterator[TokenTree]:
         worker = get_worker_info()
@@ -170,22 +168,37 @@ class RowStream(IterableDataset):
         if self.make is None:
             yield from items
             return
-        counted = Counter()
-        self._tell(counted, worker)  # not what was counted in an epoch before
+        if worker >= self._SLOTS:
+            raise ValueError(f"a stream counts for {self._SLOTS} workers at most, use fewer (dataloader_num_workers)")
+        before, counted = self._told(worker), Counter()  # before: in earlier epochs
         for item in items:
             tree, of_item = self.make(item)
             counted.update(of_item)
-            self._tell(counted, worker)
+            self._tell(before + counted, worker)
             if tree is not None:
                 yield tree
 
+    def _told(self, worker: int) -> Counter:
+        text = self._counted[worker].numpy().tobytes().rstrip(b"\0")
+        return Counter(json.loads(text) if text else {})
+
     def _tell(self, counted: Counter, worker: int) -> None:
-        if worker >= self._SLOTS:
-            raise ValueError(f"a stream counts for {self._SLOTS} workers at most, use fewer (dataloader_num_workers)")
         text = json.dumps(counted).encode()
-        if len(text) > self._BYTES:  # of all names the sum is kept
-            text = json.dumps({"others": counted.total()}).encode()
+        if len(text) > self._BYTES:
+            text = json.dumps(_shortened(counted, self._BYTES)).encode()
         self._counted[worker] = torch.frombuffer(bytearray(text.ljust(self._BYTES, b"\0")), dtype=torch.uint8)
+
+
+def _shortened(counted: Counter, size: int) -> Counter:
+    """In so many bytes of JSON: of names like `note: this` the rarest become `note: others`; all other names stay."""
+    kept = Counter({name: count for name, count in counted.items() if ": " not in name})
+    others = {name: name.partition(": ")[0] + ": others" for name in counted if ": " in name}
+    room = size - len(json.dumps({**kept, **dict.fromkeys(others.values(), 10**18)}))
+    for name, count in counted.most_common():
+        if name in others:
+            room -= len(json.dumps({name: count}))  # its braces are as long as a comma and a space
+            kept[name if room >= 0 else others[name]] += count
+    return kept
 
 
 def split(tree: TokenTree, max_tokens: int) -> list[TokenTree]:

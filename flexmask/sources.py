@@ -13,6 +13,7 @@ import random
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import accumulate, islice
 
@@ -55,30 +56,32 @@ class Source:
         raise NotImplementedError
 
 
-def open_source(name: str, split: str = "train", config: str | None = None, streaming: bool = False) -> Source:
+def open_source(name: str, split: str | None = None, config: str | None = None, streaming: bool = False) -> Source:
     """The records of a file or of a dataset of the Hugging Face hub.
 
     Args:
         name: a `.jsonl` file (one object a line, blank lines allowed), a `.json` file (a list of objects, or lines of
             them), a `.parquet` file, or the name of a hub dataset.
-        split, config: which split, and which configuration (subset), of a hub dataset.
+        split, config: which split ("train" if None), and which configuration (subset), of a hub dataset; None for a file.
         streaming: a hub dataset is not downloaded ahead, and its records can only be had by `stream`.
 
     Raises:
-        ConversationError: there is no such thing.
+        ConversationError: there is no such thing, or it has no such split or configuration.
     """
     name = os.fspath(name)
     suffix = os.path.splitext(name)[1].lower()
     if suffix in SUFFIXES:
         if not os.path.isfile(name):
             raise ConversationError(f"{name}: there is no such file")
-        if config is not None:
-            raise ConversationError(f"{name}: is a file, which has no configuration {config!r}")
+        for what, given in (("split", split), ("configuration", config)):
+            if given is not None:
+                raise ConversationError(f"{name}: is a file, which has no {what} {given!r}; leave it out")
         if suffix == ".parquet":
             return ParquetFile(name)
         return JsonLines(name) if suffix == ".jsonl" or _holds_lines(name) else JsonList(name)
     if os.path.isfile(name) or not _HUB_NAME.fullmatch(name):
         raise ConversationError(f"{name}: expected a .jsonl, .json or .parquet file, or the name of a hub dataset")
+    split = "train" if split is None else split
     try:
         return HubDataset(name, datasets.load_dataset(name, config, split=split, streaming=streaming))
     except Exception as error:  # the library raises many kinds: no such dataset, no such split, no network, …
@@ -149,7 +152,10 @@ class InMemory(Source):
 
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.blake2b(json.dumps(self.records).encode(), digest_size=16).hexdigest()
+        try:
+            return hashlib.blake2b(json.dumps(self.records).encode(), digest_size=16).hexdigest()
+        except TypeError as error:
+            raise ConversationError(f"{self.name}: records must be JSON to be prepared: {error}") from error
 
 
 class JsonList(InMemory):
@@ -179,10 +185,8 @@ class ParquetFile(Source):
 
     def __init__(self, name: str):
         self.name = name
-        try:
+        with _told(name, "cannot be read as a Parquet file"):
             groups = pyarrow.parquet.read_metadata(name)
-        except pyarrow.ArrowException as error:
-            raise ConversationError(f"{name}: cannot be read as a Parquet file: {error}") from error
         sizes = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
         self._ends = list(accumulate(sizes))
         self._loaded: tuple[int, datasets.Dataset] | None = None
@@ -196,7 +200,7 @@ class ParquetFile(Source):
             group = bisect.bisect_right(self._ends, start)
             first, end = self._ends[group - 1] if group else 0, min(stop, self._ends[group])
             rows = self._rows(group)
-            yield from _numbered(self.name, (without_nulls(rows[i - first]) for i in range(start, end)), start)
+            yield from (cleared(_origin(self.name, i), rows[i - first]) for i in range(start, end))
             start = end
 
     @cached_property
@@ -205,11 +209,8 @@ class ParquetFile(Source):
 
     def _rows(self, group: int) -> datasets.Dataset:
         if self._loaded is None or self._loaded[0] != group:
-            try:
-                with pyarrow.parquet.ParquetFile(self.name) as file:
-                    table = file.read_row_group(group)
-            except pyarrow.ArrowException as error:
-                raise ConversationError(f"{self.name}: cannot be read as a Parquet file: {error}") from error
+            with _told(self.name, "cannot be read as a Parquet file"), pyarrow.parquet.ParquetFile(self.name) as file:
+                table = file.read_row_group(group)
             # Through Dataset, which knows from the file's metadata how to decode its columns (JSON ones, say).
             self._loaded = group, datasets.Dataset(table)
         return self._loaded[1]
@@ -227,15 +228,14 @@ class HubDataset(Source):
         return len(self._dataset)
 
     def read(self, start: int, stop: int) -> Iterator[Record]:
-        indices = range(start, min(stop, len(self)))
-        return _numbered(self.name, (without_nulls(self._dataset[i]) for i in indices), start)
+        return (cleared(_origin(self.name, i), self._dataset[i]) for i in range(start, min(stop, len(self))))
 
     def stream(self) -> Iterator[Callable[[], Record]]:
-        try:
-            for index, row in enumerate(self._dataset):
-                yield partial(_cleared, _origin(self.name, index), row)
-        except OSError as error:  # the network
-            raise ConversationError(f"{self.name}: reading it from the hub failed: {error}") from error
+        # All rows, by `iter`, which asks nobody where it runs: plain iteration of an IterableDataset inside a DataLoader worker
+        # gives that worker's shards only, and a RowStream takes each worker's share itself.
+        with _told(self.name, "reading it from the hub failed"):  # the network fails in many ways
+            for index, batch in enumerate(self._dataset.iter(batch_size=1)):
+                yield partial(cleared, _origin(self.name, index), {key: values[0] for key, values in batch.items()})
 
     @property
     def fingerprint(self) -> str:
@@ -245,7 +245,8 @@ class HubDataset(Source):
 class Interleaved:
     """Items of several iterables, mixed, in the same order whenever and wherever it is iterated.
 
-    Without weights every item comes once, the next from any iterable that has one. With weights the iterables are drawn from in
+    Without weights every item comes once, the next from any iterable that has one, each as likely: how many items they have is
+    not known, so a short one ends early. With weights the iterables are drawn from in
     their proportion; one that ends begins again, until each has ended.
     """
 
@@ -284,8 +285,28 @@ def _itself(record: Record) -> Record:
     return record
 
 
-def _cleared(origin: str, row) -> Record:
-    return origin, without_nulls(row)
+def cleared(origin: str, row) -> Record:
+    """A record without the keys that hold a null.
+
+    Raises:
+        ConversationError: it is nested too deeply.
+    """
+    try:
+        return origin, without_nulls(row)
+    except ConversationError as error:
+        raise ConversationError(f"{origin}: {error}") from error
+
+
+@contextmanager
+def _told(name: str, what: str) -> Iterator[None]:
+    """Whatever a library raises while it reads, in one line with the name of what was read."""
+    try:
+        yield
+    except ConversationError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ConversationError(f"{name}: {what}: {type(error).__name__}: {said}") from error
 
 
 def _digest(name: str) -> str:

@@ -32,7 +32,7 @@ from .arguments import (
     TemplateArguments,
 )
 from .collator import OnePassCollator
-from .data import Counts, load_conversations
+from .data import Counts
 from .inspect import draw_mask
 from .integrations.transformers import NAME, check_config
 from .loading import Loader, Part, open_dataset
@@ -136,7 +136,7 @@ def train(
     trainer.save_state()
     if data_args.streaming:
         counted = sum(gather_object([rows.counted]), Counter())
-        tell(f"read in the last epoch: {Counts.of(counted)}")
+        tell(f"read while training, in every epoch anew: {Counts.of(counted)}")
 
     folder = Path(args.output_dir)
     if trainer.is_world_process_zero():
@@ -261,11 +261,9 @@ def load_config(name: str, tokenizer: PreTrainedTokenizerBase, **options) -> Pre
     return demo.tiny_model(tokenizer).config if name == TINY_MODEL else AutoConfig.from_pretrained(name, **options)
 
 
-def load_data(name: str, split: str = "train", seed: int = 0) -> list[dict]:
-    """Conversations of a file or hub dataset (see `load_conversations`), or generated ones, of which the seed decides."""
-    if name == GENERATED_DATA:
-        return demo.conversations(512 if split == "train" else 64, seed=seed)
-    return load_conversations(name, split)
+def load_data(name: str, split: str | None = None, seed: int = 0) -> list[Conversation]:
+    """Conversations of a file or hub dataset, or generated ones, of which the seed decides."""
+    return list(first_conversations([DatasetArguments(name, split=split)], seed))
 
 
 def draw_losses(log_history: list[dict], path: str | Path) -> None:

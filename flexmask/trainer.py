@@ -6,8 +6,9 @@ import math
 from itertools import islice
 
 import torch
-from accelerate.data_loader import IterableDatasetShard
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from .arguments import OnePassTrainingArguments
 from .collator import empty_batch
@@ -17,12 +18,23 @@ from .messages import ConversationError
 from .packing import RowStream
 
 
+class _Share(BatchSamplerShard):
+    """Every n-th batch, for one of n ranks. Accelerate's own share repeats the first batches where the last ones do not
+    suffice for all; here the last ranks have one less, while all tell the same length, so that they take as many steps."""
+
+    def __len__(self):
+        return math.ceil(len(self.batch_sampler) / self.num_processes)
+
+
 class OnePassTrainer(Trainer):
     """The Trainer, with a loss that honours the weights of targets and never holds the logits of all of them at once.
 
     Training and evaluation loss are Σ weight · loss / Σ weight over all targets: of the accumulated batches of all
     ranks, and of the evaluation set. (The library's own eval_loss is the mean over rows, which weighs a target less in
     a row that has many.) With a router's load-balancing loss it is the model's own loss, which knows no weights.
+
+    On any number of ranks every row is trained once in an epoch: a rank that has no row left while others have takes batches
+    without weight. A training on a stream is resumed where it was, in whichever epoch, by as many processes and workers.
 
     Raises:
         ValueError: other arguments than OnePassTrainingArguments, a loss function of its own, or a model that is not
@@ -49,21 +61,61 @@ class OnePassTrainer(Trainer):
         if isinstance(self.train_dataset, RowStream) and isinstance(loader.dataset, IterableDatasetShard):
             # Each rank packs its own share of the conversations. Accelerate would take a share of that share.
             loader.dataset.num_processes, loader.dataset.process_index = 1, 0
+        if isinstance(loader.batch_sampler, BatchSamplerShard):
+            loader.batch_sampler.__class__ = _Share  # it is made deep inside Accelerate, and shared by two loaders
+            loader.batch_sampler.even_batches = False
         return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Of a stream: as many batches on every rank, and in every step. Ranks do not have the same number of rows, and the
-        last step has fewer; a rank that has run out adds batches without weight until all have."""
-        if not isinstance(self.train_dataset, RowStream):
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        """As many batches on every rank, and in every step. Ranks do not have the same number of rows, and the last step of a
+        stream has fewer; a rank that has run out adds batches without weight until all have."""
         try:
             batches = list(islice(epoch_iterator, num_batches))
         except ConversationError as error:  # that of a worker has the traceback around it
             raise ConversationError(str(error).strip().rpartition("ConversationError: ")[2]) from error
-        if self.accelerator.gather(torch.tensor([len(batches)], device=device)).any():
+        if isinstance(self.train_dataset, RowStream):
+            is_over = not self.accelerator.gather(torch.tensor([len(batches)], device=device)).any()
+            self._note_position(is_over)
+            # The library takes a stream to be as long as the training, and would ask for the rest of it.
+            self.control.should_epoch_stop |= is_over
+        else:
+            is_over = not has_length(self.train_dataset)
+        if not is_over:
             missing = num_batches - len(batches)
             batches += [empty_batch(self.data_collator.pad_to_multiple_of) for _ in range(missing)]
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def _note_position(self, is_over: bool) -> None:
+        """In the state that is saved with a checkpoint: in which epoch of the stream we are, and after how many steps of it.
+        The library cannot tell, since only reading the stream shows how long it is."""
+        position = self.state.stateful_callbacks.setdefault(_POSITION, {"epoch": 0, "steps": 0})
+        position |= {"epoch": position["epoch"] + 1, "steps": 0} if is_over else {"steps": position["steps"] + 1}
+        position |= self._shares()
+
+    def _shares(self) -> dict[str, int]:
+        """What decides which rows of a stream come in which step."""
+        names = ("world_size", "dataloader_num_workers", "gradient_accumulation_steps")
+        return {name: getattr(self.args, name) for name in names}
+
+    def _init_training_state(self, *args, **options):
+        """Of a stream: the epoch and the batches of it that were trained, from the checkpoint."""
+        trained = super()._init_training_state(*args, **options)
+        if not isinstance(self.train_dataset, RowStream) or not self.state.global_step:
+            return trained
+        if self.args.ignore_data_skip:  # as the library has it: from the first row on
+            self.state.stateful_callbacks.pop(_POSITION, None)
+            return trained
+        position = self.state.stateful_callbacks.get(_POSITION, {})
+        changed = [f"{name} {position.get(name)}" for name, now in self._shares().items() if position.get(name) != now]
+        if changed:
+            was = (
+                f"was saved with {', '.join(changed)}" if position else "does not say where in the stream it was saved"
+            )
+            raise ConversationError(
+                f"the checkpoint {was}, so the training cannot go on with the next row; resume as it was saved, or begin the "
+                "stream anew (--ignore_data_skip true)"
+            )
+        return position["epoch"], position["steps"] * self.args.gradient_accumulation_steps
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The weight of all targets of the accumulated batches, of all ranks: what the Trainer divides the loss by."""
@@ -101,6 +153,9 @@ class OnePassTrainer(Trainer):
             loss, weight = torch.stack(self._sums).sum(0).tolist()
             output.metrics[f"{metric_key_prefix}_loss"] = loss / weight
         return output
+
+
+_POSITION = "flexmask.RowStream"  # its key in the state of the Trainer
 
 
 class StopOnNonFiniteLoss(TrainerCallback):

@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from accelerate.utils import gather_object
 from models import tiny
 from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import set_seed
@@ -11,19 +12,29 @@ from flexmask import OnePassCollator, pack_stream
 from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 
 
-def train_one_step(output_dir: str, accumulation: int, loss_reduction: str, stream: bool = False) -> dict:
-    """One plain SGD step over all four rows, whatever the number of processes, then an evaluation of three of them. As a
-    stream, the first and the third are packed into one row, so that of two processes one has a row and the other two."""
+class Recording(OnePassTrainer):
+    """Remembers the targets of every row that was trained."""
+
+    def training_step(self, model, inputs, *given):
+        if inputs.get("target_weight", torch.ones(1)).any():
+            self.seen = [*getattr(self, "seen", []), inputs["labels"].flatten().tolist()]
+        return super().training_step(model, inputs, *given)
+
+
+def train_one_step(output_dir: str, accumulation: int, loss_reduction: str, kind: str = "rows") -> dict:
+    """One plain SGD step over all four rows (of three: over three), whatever the number of processes, then an evaluation of
+    three of them. As a stream, the first and the third are packed into one row, so that of two processes one has a row and the
+    other two."""
     set_seed(0)
     rows = rows_of_unequal_size(loss_reduction)
+    train = {"rows": rows, "three": rows[:3], "stream": pack_stream(rows, len(rows[3]))}[kind]
 
-    def trainer(steps: int, accumulation: int) -> OnePassTrainer:
+    def trainer(steps: int, accumulation: int) -> Recording:
         arguments = OnePassTrainingArguments(
             output_dir, max_steps=steps, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0,
             gradient_accumulation_steps=accumulation, use_cpu=True, save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        train = pack_stream(rows, len(rows[3])) if stream else rows
-        made = OnePassTrainer(
+        made = Recording(
             tiny("Qwen3"),
             arguments,
             train_dataset=train,
@@ -36,13 +47,14 @@ def train_one_step(output_dir: str, accumulation: int, loss_reduction: str, stre
     one = trainer(1, accumulation)
     weights = one.accelerator.unwrap_model(one.model).state_dict()
     result = {"eval_loss": one.evaluate()["eval_loss"], "weights": weights, "processes": one.args.world_size}
-    if stream:  # into the third epoch, whichever process runs out first
-        result["steps"] = trainer(5, accumulation=1).state.global_step
+    if kind != "rows":  # into the third epoch, whichever process runs out first
+        longer = trainer(5, accumulation=1)
+        result |= {"steps": longer.state.global_step, "seen": gather_object(longer.seen)}
     return result
 
 
 if __name__ == "__main__":
-    result = train_one_step(sys.argv[1], accumulation=2, loss_reduction=sys.argv[3], stream=sys.argv[4:] == ["stream"])
+    result = train_one_step(sys.argv[1], accumulation=2, loss_reduction=sys.argv[3], kind=sys.argv[4])
     if torch.distributed.get_rank() == 0:
         torch.save(result, sys.argv[2])
     torch.distributed.barrier()

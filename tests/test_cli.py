@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -181,9 +182,9 @@ def test_streaming(tmp_path, data, capsys):
     flags += ["--reasoning_weight", 0.5]
     assert train(tmp_path, *flags, data=data) == 0
     said = capsys.readouterr().out
-    assert said.count("8 conversations, ") == 2 and said.count("LOST to max_length") == 2
-    [evaluated, read] = [line for line in said.splitlines() if "LOST to max_length" in line]
-    assert evaluated == read and "read in the last epoch: 8 conversations" in said
+    assert f"{data}: 8 conversations, " in said and said.count("LOST to max_length") == 2
+    [read] = re.findall(r"read while training, in every epoch anew: (\d+) conversations", said)
+    assert int(read) > 8
     assert len(losses(tmp_path / "out")) == 4 and said.count("the same losses") == 2
 
 
@@ -230,6 +231,13 @@ def test_a_fault_in_a_stream_ends_in_one_line(tmp_path, data, workers, capsys):
         (["--max_samples", -1], "max_samples is -1, expected at least 1"),
         (["--config", "bad.yaml"], "bad.yaml: is not YAML"),
         (["--config", "list.yaml"], "expected `name: value` lines, got list"),
+        (["--config", "date.yaml"], "a.jsonl is a file, which has no split '2024-01-01'"),
+        (
+            ["--config", "key.yaml"],
+            "columns is no JSON (keys must be str, int, float, bool or None, not datetime.date); put",
+        ),
+        (["--dataset_train_split", "train[:9]", "--dataset_name", "a.jsonl"], "which has no split 'train[:9]'"),
+        (["--dataset_name", '{"name": "w.jsonl", "weight": "2"}'], "the weight of w.jsonl is '2', expected a number"),
         (["--config", "unknown.yaml"], "unknown arguments --no_such_option 1"),
         (["--model_name_or_path", "./none"], "./none: there is no such folder"),
     ],
@@ -238,6 +246,8 @@ def test_bad_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, flags, tex
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "date.yaml").write_text("eval_dataset_name: [{name: a.jsonl, split: 2024-01-01}]\n")
+    (tmp_path / "key.yaml").write_text("columns: {2024-01-01: chat}\n")
     (tmp_path / "unknown.yaml").write_text("no_such_option: 1\n")
     assert train(tmp_path, *flags) == 2
     error = capsys.readouterr().err

@@ -215,8 +215,21 @@ def test_missing_and_unknown_files_are_refused(monkeypatch):
     )
     assert "(configuration 'en', split 'train')" in refusal("some-org/chats", config="en")
     assert refusal(write("data.jsonl", lines(GOOD)), config="en") == (
-        "data.jsonl: is a file, which has no configuration 'en'"
+        "data.jsonl: is a file, which has no configuration 'en'; leave it out"
     )
+    assert (
+        refusal("data.jsonl", split="train[:9]")
+        == "data.jsonl: is a file, which has no split 'train[:9]'; leave it out"
+    )
+
+
+def test_a_damaged_page_of_parquet_is_told_with_the_name_of_the_file():
+    """The bug guarded: an OSError of Arrow without it."""
+    datasets.Dataset.from_list([GOOD] * 500).to_parquet("data.parquet")
+    data = bytearray(Path("data.parquet").read_bytes())
+    data[40:400] = b"\xff" * 360
+    Path("data.parquet").write_bytes(data)
+    assert refusal("data.parquet").startswith("data.parquet: cannot be read as a Parquet file: ")
 
 
 # Trees
@@ -258,6 +271,21 @@ def test_dataset_of_conversations_leaks_no_nulls(tokenizer):
     given = [calling(city="Rome"), calling(days=3)]
     trees = build_trees(datasets.Dataset.from_list(given), tokenizer, chat_template=template).trees
     assert same_trees(trees, build_trees(given, tokenizer, chat_template=template).trees)
+
+
+@pytest.mark.parametrize("of", ["conversation", "arguments", "tools"])
+def test_nesting_beyond_the_parser_is_told(tokenizer, of):
+    """The bug guarded: a RecursionError, of dicts that are nested deeper than Python can follow."""
+    deep = {}
+    for _ in range(3000):
+        deep = {"a": deep}
+    record = {
+        "conversation": GOOD | {"other": deep},
+        "arguments": calling(city=deep),
+        "tools": GOOD | {"tools": [deep]},
+    }[of]
+    with pytest.raises(ConversationError, match=r"^conversation 1: .*nested too deeply"):
+        build_trees([GOOD, record], tokenizer)
 
 
 def test_several_processes_build_the_same_trees(conversations, tokenizer):
@@ -319,6 +347,20 @@ def test_truncated_trees_are_those_of_passes_cut_by_hand(tokenizer):
     assert prepared.targets == sum(map(supervised, passes))
     assert prepared.targets_lost == prepared.targets - sum(map(supervised, cut)) == 3 + 3 + 2 * supervised(passes[0])
     assert "1 conversations dropped, 2 truncated; 2 passes and " in str(prepared)
+
+
+def test_a_pass_cut_inside_its_thought_is_lost_where_thoughts_weigh_nothing(tokenizer):
+    """The bug guarded: it was kept, though no token of it has a weight, and its row stopped the training."""
+    long = {"messages": [USER, ANSWER | {"reasoning_content": "apples and pears " * 40}]}
+    options = {"reasoning_weight": 0.0, "max_length": 60, "overlong": "truncate"}
+    prepared = build_trees([GOOD, long, {"messages": GOOD["messages"] + long["messages"]}], tokenizer, **options)
+    assert (prepared.dropped, prepared.truncated, prepared.passes_lost) == (1, 1, 2)
+    targets = [supervised(passes) for passes in rendered([GOOD, long], tokenizer)]
+    assert prepared.targets_lost == 2 * targets[1] and prepared.targets == 2 * sum(targets)
+    assert [tree.num_passes for tree in prepared.trees] == [1, 1]
+    assert all(tree.target_weight.any() for tree in prepared.trees)
+    options["reasoning_weight"] = 0.1
+    assert build_trees([long], tokenizer, **options).truncated == 1
 
 
 def test_nothing_left_is_reported(conversations, tokenizer):

@@ -177,6 +177,22 @@ def test_columns_are_mapped():
         read_conversation({"apis": []}, "here", {"messages": "dialog"})
 
 
+def test_mapped_columns_change_places_and_hide_none_uncounted():
+    """The bugs guarded: the second of two that change places was lost, and a column that another took the name of vanished."""
+    record = {"prompt": RECORD["messages"][4:], "completion": RECORD["messages"][:4]}
+    read = read_conversation(record, "here", {"prompt": "completion", "completion": "prompt"})
+    assert read == read_conversation({"prompt": record["completion"], "completion": record["prompt"]}, "")
+    read = read_conversation(RECORD | {"chat": [Q, A]}, "here", {"messages": "chat"})
+    assert read["messages"] == [Q, A] and read.ignored == ["messages"]
+    assert read_conversation(RECORD, "here", {"messages": "messages"}).ignored == []
+    assert read_conversation(RECORD, "here", {"tools": "apis", "system": "sys"}).absent == ["apis", "sys"]
+
+
+def test_a_user_may_have_an_empty_list_of_calls():
+    """Where a dataset gives every message the same keys. The bug guarded: `false` there was a TypeError when rendered."""
+    assert read_conversation({"messages": [Q | {"tool_calls": False}, A | {"tool_calls": []}]})["messages"] == [Q, A]
+
+
 def test_keys_that_nobody_reads_are_told():
     record = RECORD | {"id": 7, "score": 0.5, "prompt": "1 + 2?", "source": None}
     assert read_conversation(record, "here").ignored == ["id", "prompt", "score"]
@@ -211,6 +227,11 @@ def refused(text, *records):
         *refused("train and loss differ", {"messages": [Q, A | {"train": True, "loss": False}]}),
         *refused("loss is 0.5, expected true or false", {"messages": [Q, A | {"loss": 0.5}]}),
         *refused("training is 'no'", {"messages": [Q, A | {"training": "no"}]}),
+        *refused(
+            "message 0 .user.: has (tool_calls|function_call), which only an assistant",
+            {"messages": [Q | {"tool_calls": "0"}, A]},
+            {"messages": [Q | {"function_call": {"name": "f"}}, A]},
+        ),
         *refused("reasoning_weight is -1", {"messages": [Q, A | {"reasoning_weight": -1}]}),
         *refused("message 1 .assistant.: content is NoneType", {"messages": [Q, A | {"content": None}]}),
         *refused("message 0 .user.: content is NoneType", {"messages": [{"role": "user"}, A]}),

@@ -1,31 +1,36 @@
 """Datasets prepared once and kept, mixed, held out; and as streams."""
 
+import itertools
 import json
 import multiprocessing
 import operator
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import datasets
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import ANSWER, USER, lines, same_trees, write
+from test_data import ANSWER, GOOD, USER, lines, same_trees, write
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
-from flexmask import ConversationError, TokenTree, data, demo, pack, pack_stream
+from flexmask import ConversationError, Pass, TokenTree, data, demo, pack, pack_stream
 from flexmask.arguments import DataArguments
-from flexmask.data import Counts, build_trees, load_conversations, prepare, tree_maker
+from flexmask.data import Counts, build_trees, load_conversations, prepare, tokenizer_fingerprint, tree_maker
 from flexmask.loading import Loader, Part, TreeStream, hold_out, mix
 from flexmask.packing import RowStream
-from flexmask.sources import InMemory, Interleaved, open_source
+from flexmask.sources import HubDataset, InMemory, Interleaved, open_source
 
 CONVERSATIONS = demo.conversations(24, seed=3, turns=(1, 4))
 
@@ -115,13 +120,42 @@ def test_a_change_of_anything_makes_other_trees(tokenizer, monkeypatch):
     other = demo.train_tokenizer(demo.texts(CONVERSATIONS))
     other.add_tokens(["flower stall"])
     changed(tree_maker(other))
+    other = demo.train_tokenizer(demo.texts(CONVERSATIONS))
+    other.split_special_tokens = True
+    changed(tree_maker(other))
     with nothing_is_made():
         assert prepared(tree_maker(tokenizer)).path == paths[0]
     monkeypatch.setattr(data, "_code", lambda: "of another version")
     changed(tree_maker(tokenizer))
 
 
+def test_a_tokenizer_in_python_is_what_it_was_made_with(tmp_path):
+    """The bug guarded: options of such a tokenizer, which has no description of itself, were not looked at."""
+    ByT5Tokenizer().save_pretrained(tmp_path / "a")
+    ByT5Tokenizer().save_pretrained(tmp_path / "b")
+    made = [AutoTokenizer.from_pretrained(tmp_path / name) for name in "ab"]
+    other = AutoTokenizer.from_pretrained(tmp_path / "a", add_prefix_space=True)
+    assert not other.is_fast
+    one, same, another = map(tokenizer_fingerprint, (*made, other))
+    assert one == same != another
+
+
+def test_the_code_that_reads_records_is_part_of_what_trees_depend_on(monkeypatch):
+    """The bug guarded: sources.py was left out."""
+    before, read = data._code.__wrapped__(), Path.read_text
+    for name in ("sources", "messages", "tree", "data"):
+
+        def changed(path, name=name):
+            return read(path) + "#" * (path.name == f"{name}.py")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_text", changed)
+            assert data._code.__wrapped__() != before, name
+
+
 def test_options_that_are_no_json_cannot_be_kept(tokenizer):
+    with pytest.raises(ConversationError, match="here: records must be JSON to be prepared"):
+        prepare(InMemory("here", [GOOD | {"when": object()}]), tree_maker(tokenizer), cache_dir="cache")
     write("data.jsonl", lines(*CONVERSATIONS))
     with pytest.raises(ValueError, match="must be JSON to be prepared"):
         prepared(tree_maker(tokenizer, now=object()))
@@ -165,6 +199,83 @@ def test_what_a_killed_run_left_is_cleared_away(tokenizer):
     (path.parent / f"{path.name}.making" / "trees.arrow").write_bytes(b"half")
     assert len(prepared(tree_maker(tokenizer)).trees) == 24
     assert sorted(os.listdir("cache")) == [path.name, f"{path.name}.lock"]
+
+
+@pytest.mark.parametrize("name", ["trees.arrow", "counted.json"])
+def test_what_was_cut_short_is_made_anew(tokenizer, name):
+    """The bug guarded: a file that a crash had cut was an error of Arrow at every start."""
+    write("data.jsonl", lines(*CONVERSATIONS))
+    path = prepared(tree_maker(tokenizer)).path / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert len(prepared(tree_maker(tokenizer)).trees) == 24
+    path.unlink()
+    assert len(prepared(tree_maker(tokenizer)).trees) == 24
+
+
+SLOW = """
+import time
+from flexmask import data, demo
+from flexmask.sources import open_source
+
+def slow(*given):
+    time.sleep(60)
+
+data._batch = slow
+tokenizer = demo.train_tokenizer(demo.texts(demo.conversations(4)))
+data.prepare(open_source("data.jsonl"), data.tree_maker(tokenizer), cache_dir="cache", num_proc=2, progress=False)
+"""
+
+
+@pytest.mark.parametrize("by", ["terminate", "kill"])
+def test_workers_die_with_the_process_that_prepares(by):
+    """The bug guarded: they waited for work for ever."""
+    write("data.jsonl", lines(*CONVERSATIONS))
+    process = subprocess.Popen([sys.executable, "-c", SLOW])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("no /proc")
+
+    def wait_for(what):
+        for _ in range(600):
+            if what():
+                return True
+            time.sleep(0.1)
+        return False
+
+    try:
+        assert wait_for(lambda: len(children.read_text().split()) >= 2)
+        time.sleep(1)  # each has begun
+        workers = children.read_text().split()
+    finally:
+        getattr(process, by)()
+        process.wait()
+
+    def is_gone(worker):
+        try:
+            return Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        except OSError:
+            return True
+
+    all_gone = wait_for(lambda: all(map(is_gone, workers)))
+    for worker in itertools.filterfalse(is_gone, workers):
+        os.kill(int(worker), signal.SIGKILL)
+    assert all_gone
+
+
+def test_who_waits_for_another_process_says_so(tokenizer):
+    write("data.jsonl", lines(*CONVERSATIONS))
+    path = prepared(tree_maker(tokenizer)).path
+    lock = FileLock(f"{path}.lock")
+    lock.acquire()
+    told = []
+
+    def tell(line):
+        told.append(line)
+        lock.release()
+
+    assert prepared(tree_maker(tokenizer), tell=tell).path == path
+    assert told == [f"data.jsonl: another process prepares it, waiting for it to let go of {path}.lock"]
 
 
 def test_of_several_processes_one_prepares(tokenizer):
@@ -242,6 +353,24 @@ def test_columns_of_other_names(tokenizer):
     assert same_trees(build_trees(found, tokenizer).trees, build_trees(CONVERSATIONS, tokenizer).trees)
     with pytest.raises(ConversationError, match=r"data\.jsonl:1: has the keys chat, functions, expected talk"):
         load_conversations("data.jsonl", columns={"messages": "talk"})
+
+
+def test_a_column_that_no_record_has_is_told(tokenizer):
+    """The bug guarded: nothing was said of it, and all were trained without their tools."""
+    write("data.jsonl", lines(GOOD, GOOD | {"apis": "[]"}))
+    assert "1 records lack the column apis" in str(prepared(tree_maker(tokenizer, columns={"tools": "apis"})))
+    columns = {"tools": "my_tools"}
+    expected = "data.jsonl: no record has the column 'my_tools', which columns names; is it misspelt?"
+    for load in (
+        lambda: load_conversations("data.jsonl", columns=columns),
+        lambda: prepared(tree_maker(tokenizer, columns=columns)),
+        lambda: prepared(tree_maker(tokenizer, columns=columns)),  # what is kept too
+    ):
+        with pytest.raises(ConversationError) as caught:
+            load()
+        assert str(caught.value) == expected
+    with pytest.raises(ConversationError, match=r"^no record has the column 'my_tools'"):
+        build_trees([GOOD], tokenizer, columns=columns)
 
 
 # Fuzzing
@@ -358,6 +487,29 @@ def test_weights_are_proportions_and_each_comes_at_least_once(tokenizer):
     assert names(mix(weighted, 0)) == names(mix(weighted, 0)) != names(mix(weighted, 1))
 
 
+def test_a_dataset_of_which_nothing_is_left_cannot_have_a_weight(tokenizer):
+    """The bug guarded: it was left out, while its share was announced."""
+    kept, lost = part(tokenizer, 20, seed=1, weight=1), part(tokenizer, 30, seed=2, weight=3)
+    lost = replace(lost, rows=lost.rows[:0])
+    with pytest.raises(
+        ConversationError, match=r"^seed 2: nothing is left to train on, so it cannot have a weight of 3"
+    ):
+        mix([kept, lost], 0)
+    assert len(mix([replace(kept, weight=None), replace(lost, weight=None)], 0)) == 20
+    write("a.jsonl", lines(*CONVERSATIONS))
+    write("none.jsonl", "\n")
+    weights = {"dataset_weights": [1, 1], "streaming": True}
+    loader = Loader(arguments("a.jsonl", "none.jsonl", **weights), tokenizer, {}, demo.tiny_model(tokenizer).config)
+    with pytest.raises(ConversationError, match=r"^none\.jsonl: among the first 64 records there is nothing"):
+        loader.stream()
+
+
+def test_the_shares_that_are_told_are_those_that_were_drawn(tokenizer):
+    told, parts = [], [part(tokenizer, 3, seed=1, weight=1), part(tokenizer, 3, seed=2, weight=0.6)]
+    Loader(arguments("x"), tokenizer, {}, demo.tiny_model(tokenizer).config, tell=told.append).rows(parts)
+    assert told[0] == "in an epoch 8 trees: seed 1 62.5% (5), seed 2 37.5% (3)"
+
+
 def test_interleaved_streams():
     a, b = [f"a{i}" for i in range(40)], [f"b{i}" for i in range(10)]
     mixed = Interleaved([a, b], seed=1)
@@ -380,15 +532,19 @@ def test_datasets_of_the_arguments(tokenizer):
     own = '{"name": "org/chats", "config": "de", "split": "old", "columns": {"messages": "chat"}, "weight": 0.5}'
     found = arguments("a.jsonl", own, "org/x", dataset_config="en", columns='{"tools": "t"}', dataset_weights=[3, 2, 1])
     assert [(d.name, d.weight, d.config, d.split, d.columns) for d in found.train_datasets()] == [
-        ("a.jsonl", 3, None, "train", {"tools": "t"}),
+        ("a.jsonl", 3, None, None, {"tools": "t"}),
         ("org/chats", 2, "de", "old", {"messages": "chat"}),
-        ("org/x", 1, "en", "train", {"tools": "t"}),
+        ("org/x", 1, "en", None, {"tools": "t"}),
     ]
+    found = arguments("org/x", dataset_train_split="a", eval_dataset_name=["a.jsonl", "org/x", "flexmask/generated"])
+    assert [d.split for d in found.train_datasets() + found.eval_datasets()] == ["a", None, "test", "test"]
     for options, text in (
         ({"dataset_weights": [1.0]}, "dataset_weights has 1 numbers for 2 datasets"),
         ({"dataset_weights": [1.0, 0.0]}, "the weight of a.jsonl is 0.0, expected a number above 0"),
         ({"columns": "[]"}, r"columns is '\[\]', expected a JSON object"),
         ({"columns": '{"messages": 1}'}, "expected names of columns"),
+        ({"columns": '{"mesages": "chat"}'}, "columns has the name 'mesages', expected one of messages, conversations"),
+        ({"columns": '{"prompt": "a", "completion": "a"}'}, "expected each column of the records once"),
         ({"test_size": 1.5}, "test_size is 1.5, expected a part between 0 and 1, or a whole number"),
         ({"test_size": 0.1, "streaming": True}, "test_size and streaming exclude each other"),
         ({"test_size": 0.1, "eval_dataset_name": ["b.json"]}, "test_size and eval_dataset_name exclude"),
@@ -399,6 +555,31 @@ def test_datasets_of_the_arguments(tokenizer):
         arguments(own, "a.jsonl")
     with pytest.raises(ValueError, match="expected an object with name, weight, config, split, columns"):
         arguments('{"name": "a.jsonl", "size": 3}')
+    for entry, text in (
+        ('{"name": "a.jsonl", "weight": "2"}', "the weight of a.jsonl is '2', expected a number above 0"),
+        ('{"name": "a.jsonl", "weight": true}', "the weight of a.jsonl is True, expected a number above 0"),
+        ('{"name": ["a.jsonl"]}', r"the name of dataset \['a.jsonl'\] is \['a.jsonl'\], expected a text"),
+        ('{"name": "org/x", "config": 3}', "the config of dataset 'org/x' is 3, expected a text"),
+        ('{"name": "a.jsonl", "columns": null}', "columns is null, expected names of columns"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            arguments(entry)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dataset_train_split": "train[:90%]"},
+        {"eval_dataset_name": ["a.jsonl"], "dataset_test_split": "train[90%:]"},
+        {"eval_dataset_name": ['{"name": "b.JSON", "split": "train[90%:]"}']},
+        {"dataset_config": "en"},
+        {"eval_dataset_name": ['{"name": "b.json", "config": "en"}']},
+    ],
+)
+def test_what_a_file_does_not_have_is_refused(options):
+    """The bug guarded: ignored, the two splits of a file were the same data, trained and evaluated."""
+    with pytest.raises(ValueError, match=r"is a file, which has no split '.*'; leave it out|config.*leave it out"):
+        arguments("a.jsonl", **options)
 
 
 # Streams
@@ -433,10 +614,43 @@ def test_a_stream_counts_what_it_reads_and_drops(tokenizer, workers):
     assert expected.dropped
     items = TreeStream(open_source("data.jsonl", streaming=True), tree_maker(tokenizer, **limits))
     stream = RowStream(items, 2048, make=operator.call)
-    for _ in range(2):
-        rows = list(DataLoader(stream, batch_size=None, num_workers=workers))
-        assert str(Counts.of(stream.counted)) == str(expected)
-        assert sum(row.num_passes for row in rows) == expected.passes - expected.passes_lost
+    loader = DataLoader(stream, batch_size=None, num_workers=workers)
+    assert sum(row.num_passes for row in loader) == expected.passes - expected.passes_lost
+    assert str(Counts.of(stream.counted)) == str(expected)
+    # The bug guarded: an epoch that was not over when the training ended hid what earlier ones had dropped.
+    next(iter(loader))
+    assert Counts.of(stream.counted).dropped >= expected.dropped
+    stream = RowStream(items, 2048, make=operator.call)
+    for epoch in (1, 2):
+        list(DataLoader(stream, batch_size=None, num_workers=workers))
+        counts = Counts.of(stream.counted)
+        assert (counts.conversations, counts.dropped) == (24 * epoch, expected.dropped * epoch)
+
+
+@pytest.mark.parametrize("workers", [0, 2, 4])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_hub_stream_in_shards_gives_every_record_once(tokenizer, workers, shards):
+    """The bug guarded: in a DataLoader worker it gives that worker's shards, of which every n-th record was taken."""
+    talks = [{"messages": c["messages"]} for c in CONVERSATIONS]
+    rows = datasets.Dataset.from_list(talks).to_iterable_dataset(num_shards=shards)
+    stream = RowStream(TreeStream(HubDataset("org/x", rows), tree_maker(tokenizer)), 2048, make=operator.call)
+    loader = DataLoader(stream, batch_size=None, num_workers=workers)
+    found = Counter(p.input_ids.tobytes() for row in loader for p in row.passes())
+    built = build_trees(CONVERSATIONS, tokenizer).trees
+    assert found == Counter(p.input_ids.tobytes() for tree in built for p in tree.passes())
+    assert stream.counted["conversations"] == 24
+
+
+def test_whatever_fails_while_a_hub_stream_is_read_is_told():
+    """The bug guarded: only an OSError was; the errors of a network are of many kinds."""
+
+    def rows():
+        yield GOOD
+        raise RuntimeError("timed\nout")
+
+    source = HubDataset("org/x", datasets.IterableDataset.from_generator(rows))
+    with pytest.raises(ConversationError, match=r"^org/x: reading it from the hub failed: RuntimeError: timed out$"):
+        list(source.stream())
 
 
 def test_the_stream_of_the_arguments(tokenizer):
@@ -470,14 +684,16 @@ def test_records_of_others_are_not_parsed():
 
 
 def test_counts_of_many_names_fit():
-    """Keys that nobody reads can be any number."""
-    names = Counter({f"ignored: {'k' * 50}{i}": 1 for i in range(500)})
-    tree = TokenTree.from_passes(build_trees_passes())
+    """Keys that nobody reads can be any number. The bug guarded: with them, all counts were lost."""
+    names = Counter({f"ignored: {'k' * 50}{i}": 1 for i in range(500)}) | Counter(dict(KNOWN))
+    names["ignored: often"] = 3
+    tree = TokenTree.from_passes([Pass([1, 2, 3], [False, True, True])])
     stream = RowStream([1, 2], 100, make=lambda item: (tree, names))
-    assert len(list(stream)) == 1 and stream.counted.total() == 1000
+    assert len(list(stream)) == 1
+    assert {name: stream.counted[name] for name in KNOWN} == {name: 2 * count for name, count in KNOWN.items()}
+    counts = Counts.of(stream.counted)
+    assert counts.dropped == 10**6 and counts.ignored["often"] == 6 and sum(counts.ignored.values()) == 1006
+    assert counts.ignored["others"] > 700 and len(counts.ignored) > 30
 
 
-def build_trees_passes():
-    from flexmask import Pass
-
-    return [Pass([1, 2, 3], [False, True, True])]
+KNOWN = {"conversations": 10**6, "dropped": 5 * 10**5, "passes": 10**9, "targets_lost": 10**9, "note: of everything": 7}

@@ -1,26 +1,28 @@
 """What the Trainer makes of rows with unequal numbers of targets: in one process, and in two."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from distributed import train_one_step
+from distributed import Recording, train_one_step
 from models import tiny
 from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import TrainingArguments
 
-from flexmask import OnePassCollator
+from flexmask import ConversationError, OnePassCollator, pack_stream
 from flexmask.collator import empty_batch
 from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 
 
-def by_hand(loss_reduction):
-    """A step down the gradient of the mean loss over all targets of four rows, then that mean over three of them."""
+def by_hand(loss_reduction, trained=4):
+    """A step down the gradient of the mean loss over all targets of four rows or fewer, then that mean over three of them."""
     rows, collator, model = rows_of_unequal_size(loss_reduction), OnePassCollator(Vocabulary()), tiny("Qwen3")
 
     def mean_loss(rows):
@@ -33,7 +35,7 @@ def by_hand(loss_reduction):
             losses.append((each * torch.from_numpy(row.target_weight)).sum())
         return sum(losses) / sum(float(row.target_weight.sum()) for row in rows)
 
-    mean_loss(rows).backward()
+    mean_loss(rows[:trained]).backward()
     with torch.no_grad():
         for p in model.parameters():
             p -= 0.1 * p.grad
@@ -51,7 +53,8 @@ def check(result, by_hand):
 def test_evaluation_and_a_step_are_means_over_targets(tmp_path, loss_reduction, stream):
     """The bug guarded: the Trainer's own eval_loss is the mean over rows. Of a stream the last step has fewer rows, whose
     gradients the library's own Trainer would add to those of the next step."""
-    found = train_one_step(str(tmp_path), accumulation=4, loss_reduction=loss_reduction, stream=stream)
+    kind = "stream" if stream else "rows"
+    found = train_one_step(str(tmp_path), accumulation=4, loss_reduction=loss_reduction, kind=kind)
     check(found, by_hand(loss_reduction))
     assert found.get("steps") == (5 if stream else None)
 
@@ -109,14 +112,15 @@ def test_a_batch_of_no_weight_with_a_routers_loss_gives_no_gradient(tmp_path):
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("loss_reduction, stream", [("token", []), ("turn", ["stream"])])
-def test_two_processes_are_as_one(tmp_path, loss_reduction, stream):
-    """Of a stream too, in which one process has fewer rows: the other must not wait for it forever, and no row counts twice."""
+@pytest.mark.parametrize("loss_reduction, kind", [("token", "rows"), ("turn", "stream"), ("token", "three")])
+def test_two_processes_are_as_one(tmp_path, loss_reduction, kind):
+    """Of three rows and of a stream too, in which one process has fewer rows: the other must not wait for it forever, and no
+    row counts twice. The bug guarded: Accelerate gave the first rows again where the last ones did not suffice for all."""
     here, result = Path(__file__).parent, tmp_path / "result.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     process = subprocess.Popen(
-        [*command, str(here / "distributed.py"), str(tmp_path), str(result), loss_reduction, *stream], env=environment,
+        [*command, str(here / "distributed.py"), str(tmp_path), str(result), loss_reduction, kind], env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -127,5 +131,80 @@ def test_two_processes_are_as_one(tmp_path, loss_reduction, stream):
     assert process.returncode == 0, said
     result = torch.load(result, weights_only=True)
     assert result["processes"] == 2
-    check(result, by_hand(loss_reduction))
-    assert not stream or result["steps"] == 5
+    check(result, by_hand(loss_reduction, trained=3 if kind == "three" else 4))
+    if kind != "rows":
+        assert result["steps"] == 5
+    if kind == "three":  # two steps an epoch, the fifth of two rows
+        times = Counter(map(tuple, result["seen"]))
+        expected = [tuple(row.target_ids.tolist()) for row in rows_of_unequal_size()[:3]]
+        assert times.total() == 8 and times.keys() == set(expected) and min(times.values()) == 2
+
+
+def trained_rows(folder, steps, monkeypatch, save_steps=0, resume=None, **options):
+    """The rows that each step of a stream trains, and how often batches were asked for."""
+    rows = rows_of_unequal_size()
+    monkeypatch.setattr(Vocabulary, "save_pretrained", lambda *_, **__: None, raising=False)
+    saving = {"save_strategy": "steps", "save_steps": save_steps} if save_steps else {"save_strategy": "no"}
+    arguments = OnePassTrainingArguments(
+        str(folder),
+        max_steps=steps,
+        learning_rate=0.1,
+        optim="sgd",
+        use_cpu=True,
+        disable_tqdm=True,
+        **saving,
+        **options,
+    )
+    asked = []
+
+    class Asking(Recording):
+        def get_batch_samples(self, *given):
+            asked.append(1)
+            return super().get_batch_samples(*given)
+
+    train = pack_stream(rows, max(map(len, rows)))
+    trainer = Asking(tiny("Qwen3"), arguments, train_dataset=train, data_collator=OnePassCollator(Vocabulary()))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.seen, len(asked)
+
+
+@pytest.mark.parametrize("saved", [2, 3, 4])
+def test_a_stream_is_resumed_where_it_was(tmp_path, monkeypatch, saved):
+    """The bug guarded: beyond the first epoch (here of three rows) it began again, because the library takes the stream to be as
+    long as the training. Also where more steps are asked for than at first, and from a checkpoint of a resumed training."""
+    every, _ = trained_rows(tmp_path / "a", 9, monkeypatch)
+    before, _ = trained_rows(tmp_path / "b", 7, monkeypatch, save_steps=saved)
+    assert before == every[:7]
+    checkpoint = str(tmp_path / "b" / f"checkpoint-{saved}")
+    after, _ = trained_rows(tmp_path / "b", 9, monkeypatch, save_steps=saved, resume=checkpoint)
+    assert after == every[saved:]
+    checkpoint = str(tmp_path / "b" / f"checkpoint-{2 * saved}")
+    assert trained_rows(tmp_path / "b", 9, monkeypatch, resume=checkpoint)[0] == every[2 * saved :]
+
+
+def test_a_stream_that_cannot_be_resumed_where_it_was_is_refused(tmp_path, monkeypatch):
+    trained_rows(tmp_path, 4, monkeypatch, save_steps=4)
+    resume = str(tmp_path / "checkpoint-4")
+    with pytest.raises(
+        ConversationError, match=r"was saved with gradient_accumulation_steps 1, so .*--ignore_data_skip"
+    ):
+        trained_rows(tmp_path, 6, monkeypatch, resume=resume, gradient_accumulation_steps=2)
+    anew, _ = trained_rows(tmp_path, 6, monkeypatch, resume=resume, ignore_data_skip=True)
+    assert anew == trained_rows(tmp_path / "other", 2, monkeypatch)[0]
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"stateful_callbacks": {}}))
+    with pytest.raises(ConversationError, match="does not say where in the stream it was saved"):
+        trained_rows(tmp_path, 6, monkeypatch, resume=resume)
+
+
+def test_the_end_of_a_stream_costs_one_look(tmp_path, monkeypatch):
+    """The bug guarded: the library asked for batches until it had asked as often as there are steps in the training."""
+    seen, asked = trained_rows(tmp_path, 30, monkeypatch)
+    assert len(seen) == 30 and asked == 30 + 9
+
+
+def test_the_mean_over_all_ranks_cannot_be_switched_off(tmp_path, monkeypatch):
+    """A rank without a row would divide by nothing."""
+    monkeypatch.setattr(OnePassTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="average_tokens_across_devices must be true"):
+        OnePassTrainingArguments(str(tmp_path), use_cpu=True, average_tokens_across_devices=False)

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +33,8 @@ from .sources import HubDataset, InMemory, Record, Source, cleared, open_source
 from .tree import LOSS_REDUCTIONS, TokenTree
 
 OVERLONG = ("error", "drop", "truncate")
-CHUNK = 64  # conversations that a process renders at once, and trees of a record batch: a few MB
+CHUNK = 64  # conversations that a process renders at once, and trees of a record batch: some MB of chats, 100 MB of long logs
+PROBE = 8  # conversations of which the time tells how many processes the others are worth
 NOTE, IGNORED, ABSENT = "note: ", "ignored: ", "absent: "  # what names of counts begin with
 
 TREES, COUNTED = "trees.arrow", "counted.json"  # files of a preparation
@@ -435,7 +437,7 @@ def prepare(
         shutil.rmtree(making, ignore_errors=True)  # of a run that was killed
         making.mkdir()
         try:
-            counted = _write(making, source, count, maker, num_proc or _processes(count), progress)
+            counted = _write(making, source, count, maker, num_proc, progress)
         except BaseException:
             shutil.rmtree(making, ignore_errors=True)
             raise
@@ -474,7 +476,7 @@ def _checked(preparation: Preparation, source: Source) -> Preparation:
     return preparation
 
 
-def _write(folder: Path, source: Source, count: int, maker: TreeMaker, num_proc: int, progress: bool) -> Counter:
+def _write(folder: Path, source: Source, count: int, maker: TreeMaker, num_proc: int | None, progress: bool) -> Counter:
     bar = tqdm(total=count, desc=f"preparing {source.name}", unit=" conversations", delay=2, disable=not progress)
     with pa.OSFile(str(folder / TREES), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer, bar:
         counted = _collect(_batches(source, count, maker, num_proc), writer.write_batch, bar.update)
@@ -509,12 +511,20 @@ def _preparation(part: Path | list[pa.RecordBatch], counted: Mapping[str, int], 
 
 
 def _batches(
-    source: Source, count: int, maker: TreeMaker, num_proc: int
+    source: Source, count: int, maker: TreeMaker, num_proc: int | None
 ) -> Iterator[tuple[pa.RecordBatch, Counter, int]]:
-    """The trees of the first `count` records in order, some at a time; what was counted in them, and their longest pass."""
-    size = max(1, min(CHUNK, -(-count // num_proc)))
-    ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    if num_proc == 1 or len(ranges) == 1:
+    """The trees of the first `count` records in order, some at a time; what was counted in them, and their longest pass. Without
+    a number of processes it is one for each core, if each has a second or so to work."""
+    done = 0
+    if num_proc is None:
+        done, began = min(PROBE, count), time.perf_counter()
+        first = _batch(source, maker, range(done))
+        seconds = (time.perf_counter() - began) / done * (count - done)
+        num_proc = max(1, min(_cores(), int(seconds)))
+        yield first
+    size = max(1, min(CHUNK, -(-(count - done) // num_proc)))
+    ranges = [range(start, min(start + size, count)) for start in range(done, count, size)]
+    if num_proc == 1 or len(ranges) < 2:
         yield from (_batch(source, maker, indices) for indices in ranges)
         return
     with ProcessPoolExecutor(num_proc, initializer=_hand_over, initargs=(source, maker)) as pool:
@@ -569,10 +579,8 @@ def _batch_in_worker(indices: range) -> tuple[pa.RecordBatch, Counter, int]:
     return _batch(*_handed_over, indices)
 
 
-def _processes(count: int) -> int:
-    """One for each core, if each has a second or so to work."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, count // 256))
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

@@ -181,6 +181,25 @@ def test_limits_matter_only_where_a_pass_is_longer(tokenizer):
         assert same_trees(dropped.trees, build_trees([CONVERSATIONS[i] for i in left], tokenizer).trees)
 
 
+def test_processes_are_as_many_as_are_worth_it(tokenizer):
+    """The bug guarded: their number was that of conversations by 256, so that one process rendered 255 long logs."""
+    render, pools = data._batch, []
+
+    class Pool(data.ProcessPoolExecutor):
+        def __init__(self, num_proc, **options):
+            pools.append(num_proc)
+            super().__init__(num_proc, **options)
+
+    with patch.object(data, "ProcessPoolExecutor", Pool), patch.object(data, "_cores", lambda: 2):
+        write("data.jsonl", lines(*CONVERSATIONS))
+        short = prepared(tree_maker(tokenizer))
+        assert pools == []
+        write("data.jsonl", lines(*CONVERSATIONS, CONVERSATIONS[0]))
+        with patch.object(data, "_batch", lambda *given: time.sleep(2) or render(*given)):
+            long = prepared(tree_maker(tokenizer))
+        assert pools == [2] and same_trees(long.trees[:24], short.trees) and len(long.trees) == 25
+
+
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_a_fault_leaves_nothing_behind_and_is_told_in_one_line(tokenizer, num_proc):
     write("data.jsonl", lines(*CONVERSATIONS[:20], {"messages": [USER]}))

@@ -25,7 +25,7 @@ from common import (
     spread,
 )
 from methods import GROUP_METHODS, METHODS, flat, in_parts
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, BambaConfig, Lfm2Config, LlamaConfig, Qwen3_5TextConfig, Qwen3Config
 
 import flexmask.attention
 from flexmask import Pass, share_prefixes, tree_loss
@@ -48,6 +48,25 @@ SHAPES = {
     "Qwen3-1.7B": functools.partial(
         Qwen3Config, vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
         num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    ),
+    "Qwen3.5-0.8B": functools.partial(
+        Qwen3_5TextConfig, vocab_size=248320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16,
+        linear_key_head_dim=128, linear_value_head_dim=128, tie_word_embeddings=True,
+    ),
+    "tiny Qwen3.5": functools.partial(
+        Qwen3_5TextConfig, vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, linear_num_key_heads=4, linear_num_value_heads=8,
+        linear_key_head_dim=64, linear_value_head_dim=64,
+    ),
+    "tiny Bamba": functools.partial(
+        BambaConfig, vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, attn_layer_indices=[3], mamba_n_heads=8, mamba_d_head=64, mamba_d_state=64, mamba_n_groups=1,
+        mamba_expand=2, mamba_chunk_size=128,
+    ),
+    "tiny LFM2": functools.partial(
+        Lfm2Config, vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv"] * 3 + ["full_attention"], block_auto_adjust_ff_dim=False,
     ),
 }  # fmt: skip
 

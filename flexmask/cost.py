@@ -16,7 +16,7 @@ from .attention import using_backend
 from .integrations.transformers import NAME
 from .loss import chunk_size
 from .mask import BLOCK_SIZE, count_tiles
-from .recurrence import CHUNK, CHUNK_PER_CHANNEL
+from .recurrence.chunks import CHUNK, CHUNK_PER_CHANNEL
 from .tree import TokenTree
 
 # Forward, and backward twice that. Attention computes its scores again in the backward: five products to two.

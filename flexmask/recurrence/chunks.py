@@ -1,32 +1,21 @@
-"""Short convolutions and linear recurrences along a tree: functions of tensors and `subtree_end`, which know no model.
+"""Recurrences along a tree by chunks, in PyTorch: any device and dtype, float32 inside (float64 for float64).
 
-A causal layer that carries a state from token to token is exact on a tree if every run of tokens starts from the state at
-the end of the run that it continues; a short convolution, if the first tokens of every chain see their true ancestors. All
-other tokens have their ancestors to their left, as in a sequence.
-
-The recurrence is, for each token t after its parent, with state S (key size × value size) and float32 inside,
-
-    S_t = exp(g_t) S_parent + k_t (x) new_t        new_t = v_t, or beta_t (v_t − k_tᵀ exp(g_t) S_parent) by the delta rule
-    o_t = scale q_tᵀ S_t
-
-which is Mamba 2's (q = C, k = B, v = x·dt, g = A·dt; Dao and Gu, arXiv 2405.21060), with beta the gated delta rule (Yang
-et al., arXiv 2412.06464), and with a gate for each channel of the key Kimi's delta attention (arXiv 2510.26692). It is
-computed by chunks, as is done for sequences: products within all chunks at once, states from chunk to chunk. Here no chunk
-crosses a fork, and the state of a chunk comes from the chunk that its first token follows.
+No chunk crosses a fork. Products within all chunks are made at once; then states go from chunk to chunk, all chunks of a depth
+in one step. The backward is written out: it keeps what each token writes and makes everything else again, so that memory is
+linear in the length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from .chains import chains
-from .mask import once_per_forward
+from ..chains import chains
+from ..mask import once_per_forward
 
 # Tokens of a chunk. Longer ones mean fewer steps from state to state, and more work within.
 CHUNK = 64
@@ -36,92 +25,26 @@ CHUNK_PER_CHANNEL = 16
 STATES_AT_ONCE = {False: 2**20, True: 2**30}
 
 
-# ------------------------------------------------------------------------------------------------------- convolutions
-
-
-def tree_conv(x: Tensor, width: int, subtree_end: Tensor, conv: Callable[[Tensor], Tensor]) -> Tensor:
-    """A short causal convolution along a tree.
-
-    Args:
-        x: (batch, channels, L).
-        width: of the filter; a token sees itself and the width − 1 before it.
-        subtree_end: int32 (batch, L).
-        conv: (any batch, channels, any length) -> the same shape: the convolution of sequences, zeros before the first
-            token, with whatever is applied to each token by itself afterwards.
+def forward(query, key, value, gate, beta, subtree_end: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments as of `tree_scan`.
 
     Returns:
-        (batch, channels, L).
+        out, as of `tree_scan`; what each token writes, like `value`; and of that (delta rule) what a state takes away, times
+        which, (batch, L, heads, key_size or 0).
     """
-    out = conv(x)
-    window, places = once_per_forward(_windows, subtree_end, width=width)
-    flat, corrected = (rearrange(y, "b d l -> d (b l)") for y in (x, out))
-    pieces = rearrange(torch.nn.functional.pad(flat, (0, 1))[:, window], "d t w -> t d w")
-    corrected = corrected.index_copy(1, places, conv(pieces)[..., -1].T)
-    return rearrange(corrected, "d (b l) -> b d l", b=len(x))
-
-
-def _windows(subtree_end: Tensor, *, width: int) -> tuple[Tensor, Tensor]:
-    return _windows_of(subtree_end, width)
-
-
-@torch.library.custom_op("flexmask::conv_windows", mutates_args=())
-def _windows_of(subtree_end: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """What the filter covers where it is not what lies to the left: int64 (T, width), with the number of tokens of the batch
-    where there is nothing; and which tokens these are, int64 (T,)."""
-    row = chains(subtree_end)
-    within = np.arange(width - 1)
-    places = row.start[:, None] + within
-    places = places[(places < row.stop[:, None]) & (places > within)]  # before the first chain there are zeros anyhow
-    window = np.concatenate([row.ancestors(places, width - 1), places[:, None]], axis=1)
-    window[window < 0] = row.length
-    window, places = (torch.from_numpy(x).to(subtree_end.device) for x in (window, places))
-    return window, places
-
-
-@_windows_of.register_fake
-def _(subtree_end, width):
-    count = torch.library.get_ctx().new_dynamic_size()
-    return subtree_end.new_empty((count, width), dtype=torch.int64), subtree_end.new_empty(count, dtype=torch.int64)
-
-
-# -------------------------------------------------------------------------------------------------------- recurrences
-
-
-def tree_scan(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    beta: Tensor | None,
-    subtree_end: Tensor,
-    *,
-    scale: float = 1.0,
-) -> Tensor:
-    """A gated linear recurrence along a tree.
-
-    Args:
-        query, key: (batch, L, key_heads, key_size).
-        value: (batch, L, heads, value_size), heads a multiple of key_heads.
-        gate: (batch, L, heads), or (batch, L, heads, key_size): logarithms of the decay, at most 0.
-        beta: (batch, L, heads) for the delta rule, None without it.
-        subtree_end: int32 (batch, L).
-        scale: of the output.
-
-    Returns:
-        (batch, L, heads, value_size), in the dtype of `value`.
-    """
-    return _forward(query, key, value, gate, beta, subtree_end, scale)[0]
-
-
-@torch.library.custom_op("flexmask::tree_scan", mutates_args=())
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, beta: Tensor | None, subtree_end: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and for the backward what each token writes and (delta rule) what of it a state takes away."""
     plan = _plan_for(gate, subtree_end)
-    with torch.autocast(value.device.type, enabled=False):
-        parts = [_forward_of(*part, plan, scale) for part in _by_heads(query, key, value, gate, beta, plan=plan)]
+    parts = [_forward_of(*part, plan, scale) for part in _by_heads(query, key, value, gate, beta, plan=plan)]
     return tuple(torch.cat(columns, 2) for columns in zip(*parts, strict=True))
+
+
+def backward(
+    d_out: Tensor, query, key, value, gate, beta, subtree_end: Tensor, scale: float, written: Tensor, taken: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the first five arguments of `forward`, from that of its first result and the other two."""
+    plan = _plan_for(gate, subtree_end)
+    inputs = (query, key, value, gate, beta, d_out, written, taken)
+    parts = [_backward_of(*part, plan, scale) for part in _by_heads(*inputs, plan=plan)]
+    return tuple(None if columns[0] is None else torch.cat(columns, 2) for columns in zip(*parts, strict=True))
 
 
 def _forward_of(query, key, value, gate, beta, plan: _Plan, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,33 +55,6 @@ def _forward_of(query, key, value, gate, beta, plan: _Plan, scale: float) -> tup
     taken = written[..., :0] if taken is None else taken
     rows = [plan.from_chunks(x, value) for x in (out, written, taken)]
     return rows[0].to(value.dtype), *rows[1:]
-
-
-@_forward.register_fake
-def _(query, key, value, gate, beta, subtree_end, scale):
-    exact = _exact(value)
-    taken = (*value.shape[:3], 0 if beta is None else key.shape[-1])
-    return value.new_empty(value.shape), value.new_empty(value.shape, dtype=exact), value.new_empty(taken, dtype=exact)
-
-
-@torch.library.custom_op("flexmask::tree_scan_backward", mutates_args=())
-def _backward(
-    d_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    beta: Tensor | None,
-    subtree_end: Tensor,
-    written: Tensor,
-    taken: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    plan = _plan_for(gate, subtree_end)
-    inputs = (query, key, value, gate, beta, d_out, written, taken)
-    with torch.autocast(value.device.type, enabled=False):
-        parts = [_backward_of(*part, plan, scale) for part in _by_heads(*inputs, plan=plan)]
-    return tuple(torch.cat(columns, 2) for columns in zip(*parts, strict=True))
 
 
 def _backward_of(query, key, value, gate, beta, d_out, written, taken, plan: _Plan, scale: float) -> tuple[Tensor, ...]:
@@ -206,38 +102,14 @@ def _backward_of(query, key, value, gate, beta, d_out, written, taken, plan: _Pl
         d_sum = d_sum.sum(-1, keepdim=True)
     d_gate = d_sum.flip(-2).cumsum(-2).flip(-2)
     found = (d_q.sum_to_size(c.q.shape) * scale, d_k.sum_to_size(c.k.shape), d_v, d_gate, d_beta)
-    return tuple(
-        value[..., 0] if x is None else plan.from_chunks(x, value).view(like.shape).to(like.dtype)
-        for x, like in zip(found, (query, key, value, gate, beta), strict=True)
-    )
-
-
-@_backward.register_fake
-def _(d_out, query, key, value, gate, beta, subtree_end, written, taken, scale):
-    like = (query, key, value, gate, value[..., 0] if beta is None else beta)
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
-
-
-def _setup_context(ctx, inputs, output):
-    query, key, value, gate, beta, subtree_end, scale = inputs
-    ctx.save_for_backward(query, key, value, gate, beta, subtree_end, *output[1:])
-    ctx.scale = scale
-
-
-def _autograd(ctx, d_out, _, __):
-    saved = ctx.saved_tensors
-    *found, d_beta = _backward(d_out, *saved, ctx.scale)
-    return *found, None if saved[4] is None else d_beta, None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+    return tuple(None if x is None else plan.from_chunks(x, value) for x in found)
 
 
 def _by_heads(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None, plan: _Plan) -> Iterator[tuple]:
     """The arguments for a few heads at a time: heads are independent, and what is computed of them should fit into
     STATES_AT_ONCE."""
     groups = value.shape[2] // key.shape[2]
-    of_head = len(plan.place) // plan.size * groups * key.shape[-1] * value.shape[-1] * _exact(value).itemsize
+    of_head = len(plan.place) // plan.size * groups * key.shape[-1] * value.shape[-1] * exact(value).itemsize
     count = max(1, STATES_AT_ONCE[value.is_cuda] // of_head)
     for first in range(0, key.shape[2], count):
         few, many = slice(first, first + count), slice(first * groups, (first + count) * groups)
@@ -269,14 +141,14 @@ class _Chunks:
 
     @classmethod
     def of(cls, query, key, value, gate, beta, plan: _Plan, scale: float) -> _Chunks:
-        exact, shape = _exact(value), (key.shape[2], -1)
-        q, k, v, g = (plan.to_chunks(x, exact).unflatten(1, shape) for x in (query, key, value, gate))
+        dtype, shape = exact(value), (key.shape[2], -1)
+        q, k, v, g = (plan.to_chunks(x, dtype).unflatten(1, shape) for x in (query, key, value, gate))
         q = q * scale
         g = (g if gate.ndim == 4 else g[..., None]).cumsum(-2)
         last = g[..., -1:, :]
         later = torch.ones(plan.size, plan.size, dtype=torch.bool, device=g.device).triu(1)
         decay = (g[..., :, None, :] - g[..., None, :, :]).masked_fill_(later[..., None], float("-inf")).exp_()
-        beta = None if beta is None else plan.to_chunks(beta, exact).unflatten(1, shape)[..., None]
+        beta = None if beta is None else plan.to_chunks(beta, dtype).unflatten(1, shape)[..., None]
         decay = decay if gate.ndim == 4 else decay[..., 0]
         return cls(q, k, v, beta, decay, g.exp(), (last - g).exp(), last.exp().mT)
 
@@ -291,7 +163,7 @@ class _Chunks:
         return written.clone(), taken
 
 
-def _exact(value: Tensor) -> torch.dtype:
+def exact(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 

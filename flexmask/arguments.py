@@ -264,6 +264,10 @@ class OnePassTrainingArguments(TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}, expected 0: the Trainer's smoothing shifts the "
                 "labels by one token, and a target need not be the right neighbour of where it is predicted"
             )
+        if self.dataloader_drop_last:
+            raise ValueError(
+                "dataloader_drop_last must be false: a batch is one row, and the last ones would not be used"
+            )
         if self.world_size > 1 and not self.average_tokens_across_devices:
             raise ValueError(
                 "average_tokens_across_devices must be true: the loss is a mean over the targets of all ranks, and one that "

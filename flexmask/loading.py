@@ -226,7 +226,7 @@ def numbers(parts: Sequence[Part]) -> list[int]:
         if not size:
             raise ConversationError(
                 f"{part.source.name}: nothing is left to train on, so it cannot have a weight of {part.weight}; leave it out, "
-                "or raise max_length or max_tokens"
+                "raise max_length or max_tokens, or hold out fewer (test_size)"
             )
     weights = np.array([part.weight for part in parts])
     return np.rint(weights * (sizes / weights).max()).astype(int).tolist()

@@ -82,7 +82,8 @@ class OnePassTrainer(Trainer):
             is_over = not has_length(self.train_dataset)
         if not is_over:
             missing = num_batches - len(batches)
-            batches += [empty_batch(self.data_collator.pad_to_multiple_of) for _ in range(missing)]
+            pad_to_multiple_of = getattr(self.data_collator, "pad_to_multiple_of", 1)
+            batches += [empty_batch(pad_to_multiple_of) for _ in range(missing)]
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _note_position(self, is_over: bool) -> None:

@@ -101,8 +101,9 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
 
         def losses_of(last_hidden_state, index, targets):
             body = type(seen["body"])(**{**seen["body"], "last_hidden_state": last_hidden_state})
+            again = kwargs | {"logits_to_keep": index, "subtree_end": None}  # no layer runs that would need it
             with _returning(module.base_model, body):
-                return _cross_entropy(module.forward(*args, **kwargs | {"logits_to_keep": index}).logits, targets)
+                return _cross_entropy(module.forward(*args, **again).logits, targets)
 
         output.loss = torch.cat(
             [

@@ -281,11 +281,11 @@ def _check_when_loading() -> None:
     @functools.wraps(library_check)
     def checked(self, requested_attention, *args, **kwargs):
         if requested_attention == NAME:
+            mixers.install(type(self))
             if self.can_generate():
                 check_config(self.config, type(self))
-            mixers.install(type(self))
-            if self.config is self.config.get_text_config(decoder=True):
-                mixers.watch(self)
+            elif self.config is self.config.get_text_config(decoder=True):
+                mixers.watch(self)  # the body, which is called as a module also where its head is not (PEFT)
         return library_check(self, requested_attention, *args, **kwargs)
 
     PreTrainedModel.get_correct_attn_implementation = checked

@@ -129,7 +129,14 @@ def tiny(family: str, dtype=torch.float32, **options):
         pytest.skip(f"transformers {transformers.__version__} has no {config_name}")
     config = getattr(transformers, config_name)(**COMMON | own | options)
     torch.manual_seed(0)
-    model = getattr(transformers, model_name)._from_config(config, attn_implementation="flexmask", dtype=torch.float32)
+    try:
+        model = getattr(transformers, model_name)._from_config(
+            config, attn_implementation="flexmask", dtype=torch.float32
+        )
+    except NotImplementedError as error:
+        if "in this version of transformers" in str(error):
+            pytest.skip(str(error))
+        raise
     with contextlib.suppress(AttributeError, ValueError):
         model.set_experts_implementation("eager")  # the grouped product does not take float64
     with torch.no_grad():

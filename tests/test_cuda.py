@@ -235,3 +235,51 @@ def test_packed_passes_of_the_benchmark(monkeypatch):
     right = everything(each, exact, weight)
     ours, plain = (relative_errors(everything(of, leaves, weight), right) for of in (flash, each))
     assert all(a <= 2 * b for a, b in zip(ours, plain, strict=True)), (ours, plain)
+
+
+# Heads of keys and of values, key size, value size; gates per channel; delta rule. As Qwen3.5, Kimi and Mamba 2 have them.
+RECURRENCES = {
+    "gated delta rule": ((4, 8, 128, 128), False, True),
+    "Kimi": ((4, 4, 128, 128), True, True),
+    "Mamba 2": ((1, 8, 128, 64), False, False),
+}
+
+
+@pytest.mark.parametrize("way", ["fla", "chunks"])
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_recurrences(kind, way, monkeypatch):
+    """Against float64 on the CPU, as a norm. `fla` on plain sequences, without a tree, rounds as much."""
+    from flexmask.recurrence import chunks, fla, tree_scan
+
+    (key_heads, heads, key_size, value_size), per_channel, delta = RECURRENCES[kind]
+    end = torch.cat([conversation_row(1500), torch.arange(1501, 1537, device="cuda", dtype=torch.int32)[None]], 1)
+    draw = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
+    length = end.shape[1]
+    inputs = [
+        torch.randn(1, length, key_heads, key_size, **draw),
+        torch.nn.functional.normalize(torch.randn(1, length, key_heads, key_size, **draw), dim=-1),
+        torch.randn(1, length, heads, value_size, **draw),
+        -0.05 * torch.rand(1, length, heads, *([key_size] if per_channel else []), **draw),
+        torch.rand(1, length, heads, **draw) if delta else None,
+    ]
+    weight = torch.randn(1, length, heads, value_size, **draw)
+    weight[:, 1500:] = 0
+    dtype = torch.bfloat16 if way == "fla" else torch.float32
+    rounded = [None if x is None else x.to(torch.float32 if i == 3 else dtype).cuda() for i, x in enumerate(inputs)]
+    if way == "fla":
+        pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+        assert fla.serves(*rounded)
+    else:
+        monkeypatch.setattr(fla, "serves", lambda *_: False)
+
+    def run(inputs, end):
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        out = tree_scan(*leaves, end, scale=key_size**-0.5)
+        found = torch.autograd.grad((out * weight.to(out)).sum(), [x for x in leaves if x is not None])
+        return [out[:, :1500], *found]
+
+    exact = run([None if x is None else x.double().cpu() for x in rounded], end.cpu())
+    for name, found, expected in zip("oqkvgb", run(rounded, end), exact, strict=False):
+        error = ((found.double().cpu() - expected).norm() / expected.norm()).item()
+        assert error <= (1e-2 if way == "fla" else 1e-5), f"{name}: {error:.1e}"
+    assert chunks.CHUNK == fla.CHUNK

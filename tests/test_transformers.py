@@ -141,12 +141,12 @@ def test_what_a_tree_cannot_be_combined_with():
     model = tiny("Qwen3")
     mask = torch.ones_like(batch["input_ids"])
     mask[0, -5:] = 0
-    with pytest.raises(ValueError, match="attention_mask, or past_key_values.* beside subtree_end"):
+    with pytest.raises(ValueError, match=r"attention_mask, or past_key_values.* beside subtree_end"):
         model(**batch, attention_mask=mask)
     with pytest.raises(ValueError, match=r"attention dropout is 0.1.*attention_dropout=0.0"):
         tiny("Qwen3", attention_dropout=0.1).train()(**batch)
     past = model(input_ids=batch["input_ids"][:, :10], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values.* beside subtree_end"):
+    with pytest.raises(ValueError, match=r"past_key_values.* beside subtree_end"):
         model(**batch, past_key_values=past)
 
 

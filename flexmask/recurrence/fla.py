@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import types
 from collections.abc import Callable
@@ -34,18 +35,28 @@ _LARGEST_KEY = 256
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, beta: Tensor | None) -> bool:
-    """Whether the kernels can be used for a call of `tree_scan`. A missing package is told once."""
+    """Whether the kernels can be used for a call of `tree_scan`. What keeps them from it is told once."""
     if not value.is_cuda or _dtype(query, key, value).itemsize != 2 or key.shape[-1] > _LARGEST_KEY:
         return False
     if beta is None and gate.ndim == 4:
         return False
+    missing = _missing(gate.ndim == 4)
+    if missing:
+        logger.warning_once(f"flexmask: {missing}, so recurrent layers run in PyTorch; exact, but slower")
+    return not missing
+
+
+@functools.cache
+def _missing(per_channel: bool) -> str | None:
+    """Why fla cannot train a recurrence, or None."""
     if _kernels("gated_delta_rule") is None:
-        logger.warning_once(
-            "flexmask: flash-linear-attention is not installed, so recurrent layers run in PyTorch; exact, but slower "
-            "(pip install flash-linear-attention)"
-        )
-        return False
-    return True
+        return "flash-linear-attention is not installed (pip install flash-linear-attention)"
+    kernels = importlib.import_module("fla.ops.common.chunk_o")
+    known = ("IS_NVIDIA_HOPPER", "TRITON_ABOVE_3_4_0", "TRITON_ABOVE_3_7_1")
+    hopper, from_3_4, from_3_7_1 = (getattr(kernels, name, False) for name in known)
+    if hopper and from_3_4 and not from_3_7_1 and not per_channel and importlib.util.find_spec("tilelang") is None:
+        return "fla's backward is wrong with Triton before 3.7.1 on this GPU, as it says itself (update triton)"
+    return None
 
 
 def forward(query, key, value, gate, beta, subtree_end: Tensor, scale: float) -> Tensor:

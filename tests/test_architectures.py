@@ -4,6 +4,10 @@ All 189 families of transformers 5.23 were run this way once. Here are those tha
 refusal.
 """
 
+import re
+from pathlib import Path
+
+import hybrids
 import numpy as np
 import pytest
 import torch
@@ -221,6 +225,15 @@ def test_refused_by_its_configuration(reason, family):
     ) as error:
         check_config(config)
     assert reason in str(error.value)
+
+
+def test_the_page_of_models_tells_what_is_tested():
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    exact, refused = (set(re.findall(r"[\w-]+", part)) for part in page.split("## Refused"))
+    assert set(EXACT) | set(hybrids.FAMILIES) <= exact
+    named = {name for why, names in REFUSED.items() if why != "encoder" for name in names.split()}
+    assert not named & exact
+    assert named <= refused
 
 
 def test_llama4_without_chunks_is_refused_too():

@@ -3,6 +3,7 @@ the model's own loss, and of large logits, in one fused loss where there is one 
 
 import sys
 
+import hybrids
 import torch
 from models import tiny
 from test_backends_in_models import batch_of
@@ -10,11 +11,18 @@ from torch.distributed.fsdp import fully_shard
 
 import flexmask
 
+# A model with attention alone, on the Triton kernels, and a hybrid.
+MODELS = {
+    "Qwen3": (lambda: tiny("Qwen3", head_dim=16), "triton"),
+    "Qwen3.5": (lambda: hybrids.tiny("qwen3_5_text", vocab_size=512), "blockwise"),
+}
+
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    flexmask.set_backend("triton")
-    model = tiny("Qwen3", head_dim=16)
+    build, backend = MODELS[sys.argv[1]]
+    flexmask.set_backend(backend)
+    model = build()
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -30,6 +38,6 @@ if __name__ == "__main__":
         gradients[way] = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
         model.zero_grad(set_to_none=True)
     if rank == 0:
-        torch.save(gradients, sys.argv[1])
+        torch.save(gradients, sys.argv[2])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()  # threads of the group would abort the process at exit, now and then

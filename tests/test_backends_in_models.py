@@ -68,19 +68,22 @@ def test_losses_and_gradients_are_those_of_blockwise(backend, family, way):
 
 
 @pytest.mark.skipif(CUDA, reason="needs two devices on CUDA; two processes share one CPU")
-def test_fsdp2(tmp_path):
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3.5"])
+def test_fsdp2(tmp_path, family):
     """Sharded over two processes, the mean gradient of two batches is that of one process."""
     here = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     run = subprocess.run(
-        [*command, str(here / "sharded.py"), str(tmp_path / "gradients.pt")], env=environment, timeout=300,
+        [*command, str(here / "sharded.py"), family, str(tmp_path / "gradients.pt")], env=environment, timeout=300,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout
+    from sharded import MODELS  # which imports this file
+
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    model = tiny("Qwen3", head_dim=16)
+    model = MODELS[family][0]()
     flexmask.set_backend("blockwise")
     (sum(model(**batch_of((turns,))).loss for turns in (1, 2)) / 2).backward()
     flexmask.set_backend("auto")

@@ -215,6 +215,25 @@ def preprocessing(result: dict) -> list[list[str]]:
     )
 
 
+def recurrence(result: dict) -> list[list[str]]:
+    return _columns(
+        result["rows"],
+        {
+            "layer": lambda row: row["layer"],
+            "conversation": lambda row: row["conversation"],
+            "": lambda row: row["method"],
+            "tokens of the tree, of the passes": lambda row: f"{row['tokens of the tree']:,}, {row['tokens']:,}",
+            "forward and backward": lambda row: _seconds(row["seconds"]),
+            "faster than N-pass": lambda row: _times(row["N-pass over it"]),
+            "of the ratio of tokens": lambda row: f"{row['of the ratio of tokens']:.2f}",
+            "peak memory": lambda row: f"{row['peak MiB']:,.0f} MiB",
+            "differs, output and gradients": lambda row: (
+                f"{row['output differs by']:.0e}, {row['gradients differ by']:.0e}"
+            ),
+        },
+    )
+
+
 def overhead(result: dict) -> list[list[str]]:
     return _columns(
         result["rows"],
@@ -284,12 +303,12 @@ TABLES: dict[str, Callable[[dict], list[list[str]]]] = {
     table.__name__: table
     for table in (
         headline, side_by_side, npass, attention, growth, split, groups, loss_memory, preprocessing, overhead,
-        at_scale, accuracy, kernel_configs,
+        at_scale, accuracy, kernel_configs, recurrence,
     )
 }  # fmt: skip
 
 
-MARKED = re.compile(rf"(<!-- table: ({'|'.join(TABLES)})_([\w+]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(rf"(<!-- table: ({'|'.join(TABLES)})_([\w+.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _measured(result: dict) -> list[dict]:

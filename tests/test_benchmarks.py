@@ -42,7 +42,7 @@ NAMES = sorted(path.stem for path in (BENCHMARKS / "configs").glob("*.yaml"))
 IDENTITY = {
     "group", "method", "turns", "parts", "loss", "conversation", "length", "heads", "dtype", "attention", "visible",
     "visible of visited tiles", "conversations", "dataset", "stage", "model", "head size", "kernel", "m, n, warps, stages",
-    "pinned",
+    "pinned", "layer",
 }  # fmt: skip
 CONVERSATION = {"turns": [3, 3], "lengths": [30, 60, 20]}
 COMPLETIONS = {"completions": 4, "lengths": [60, 30]}
@@ -83,7 +83,7 @@ def test_smallest_size(name, tmp_path):
                 assert not lines, "one-pass, compared with nothing"
             else:
                 assert lines or table in ("headline", "side_by_side")
-            if rows[0] is failed and table in ("npass", "attention", "split", "groups", "loss_memory"):
+            if rows[0] is failed and table in ("npass", "attention", "split", "groups", "loss_memory", "recurrence"):
                 assert report.MISSING in lines[0] and "" not in lines[0][1:]
 
 

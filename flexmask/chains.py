@@ -2,8 +2,8 @@
 
 A tree lies depth-first, so most tokens are children of their left neighbour. A *chain* is a stretch of the row in which all
 but the first are; there is one for each leaf. A *run* is a piece of a chain between two forks, so that whatever continues
-it does so at its end. Consecutive trees of one token, which is what padding looks like, count as one chain: what a single
-token by itself computes is of no use to anybody.
+it does so at its end. Consecutive trees of one token, which is what padding looks like, count as one chain, and so see each
+other: such a token has no target, and nobody may read what is computed for it.
 
     row      a b c d | e f | g h      f follows b, g follows c:  end[b] = 8, end[c] = 8, …
     chains   abcd      ef    gh

@@ -107,6 +107,8 @@ def cost(tree: TokenTree, config: PreTrainedConfig) -> CostComparison:
     """
     key = (type(config), config.to_json_string(use_diff=False))
     if key not in _models:
+        if len(_models) == 16:
+            _models.clear()
         _models[key] = _model(config)
     model = _models[key]
     chunk = chunk_size(config.get_text_config().vocab_size)

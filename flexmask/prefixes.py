@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .collator import to_inputs
+from .integrations.mixers import begin
 from .integrations.transformers import NAME, check_config
 from .passes import Pass
 from .tree import TokenTree
@@ -69,20 +70,24 @@ def forward(base: PreTrainedModel, input_ids: Tensor | None = None, attention_ma
     cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
     if cached or "subtree_end" in kwargs or input_ids is None or len(input_ids) == 1:
         return base.padded_forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-    inputs, places = _merge(input_ids, attention_mask, kwargs.pop("position_ids", None))
+    merged = _merge(input_ids, attention_mask, kwargs.get("position_ids"))
+    if merged is None:
+        return base.padded_forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    inputs, places = merged
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if kwargs.get(name) or (kwargs.get(name) is None and getattr(base.config, name, False)):
             raise NotImplementedError(
                 f"{name} asks for values of every layer, which exist for the tree only and not for the padded batch; "
                 f"set {name}=False, or do not use share_prefixes"
             )
-    output = base.padded_forward(**kwargs | inputs | {"use_cache": False, "return_dict": True})
+    output = base.padded_forward(**begin(base, kwargs | inputs | {"return_dict": True}))
     return type(output)(last_hidden_state=output.last_hidden_state[0, places])
 
 
 @torch.compiler.disable
-def _merge(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> tuple[dict, Tensor]:
-    """Tensors of the tree, and where each token of the padded batch is in it: int64 (batch, L), 0 for padding."""
+def _merge(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> tuple[dict, Tensor] | None:
+    """Tensors of the tree, and where each token of the padded batch is in it: int64 (batch, L), 0 for padding. None where there
+    is more than one sequence of a single token: several trees of one token would pass for padding (`flexmask.chains`)."""
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if real.shape != input_ids.shape:
         raise ValueError(
@@ -105,6 +110,8 @@ def _merge(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tenso
     sequences = [ids[m] for ids, m in zip(tokens, mask) if m.any()]
     if not sequences:
         raise ValueError("the batch is nothing but padding")
+    if sum(len(ids) == 1 for ids in sequences) > 1:
+        return None
     tree = TokenTree.from_passes([Pass(ids, np.zeros(len(ids), bool)) for ids in sequences])
     places = np.zeros(mask.shape, np.int64)
     places[mask] = np.concatenate(tree.paths())

@@ -5,9 +5,11 @@ import copy
 import pickle
 import sys
 
+import models
 import numpy as np
 import pytest
 import torch
+import transformers
 from hybrids import FAMILIES, VOCABULARY, tiny
 from models import KeepFloat64
 from reference import conversation_passes
@@ -15,6 +17,7 @@ from transformers import AutoConfig
 
 import flexmask
 from flexmask import OnePassCollator, Pass, TokenTree
+from flexmask.cost import _scan_flops, cost
 from flexmask.integrations import mixers
 
 
@@ -194,11 +197,19 @@ def flexmask_cache(model):
 # ---------------------------------------------------------------------------------------------------- who must not be silent
 
 
-def attention_of_another_library(module):
-    def forward(hidden_states, **kwargs):
+class Nothing(torch.nn.Module):
+    def forward(self, hidden_states, **kwargs):
         return hidden_states, None
 
-    module.forward = forward
+
+def forget(module):
+    """As another library would put code of its own in place of a module's."""
+    module.forward = Nothing().forward
+
+
+def without(what: str):
+    """The error of a layer, which is layer 2, or any if it is of another kind."""
+    return pytest.raises(NotImplementedError, match=rf"layers\.\d \(\w+\) did not ask flexmask for its {what}")
 
 
 def test_a_layer_that_does_not_ask_is_an_error():
@@ -207,39 +218,141 @@ def test_a_layer_that_does_not_ask_is_an_error():
     model = tiny("qwen3_5_text")
     attention = model.model.layers[2].self_attn
     kept = attention.forward
-    attention_of_another_library(attention)
-    with pytest.raises(NotImplementedError, match=r"layers\.2\.self_attn \(Qwen3_5Attention\) did not ask"):
+    forget(attention)
+    with without("attention"):
         one_pass(model, tree)
     attention.forward = kept
     module = sys.modules[type(model).__module__]
-    for name, count in (("causal_conv1d_fn", 3), ("torch_chunk_gated_delta_rule", 3)):
+    for name, what in (("causal_conv1d_fn", "convolution"), ("torch_chunk_gated_delta_rule", "recurrence")):
         with pytest.MonkeyPatch.context() as patch:
             library = getattr(module, name).__wrapped__
             patch.setattr(module, name, lambda *args, library=library, **kwargs: library(*args, **kwargs))
-            with pytest.raises(NotImplementedError, match=f"{count} of {count} layers that call {name}"):
+            with without(what):
                 one_pass(model, tree)
+    one_pass(model, tree)
 
 
-def test_a_layer_that_is_put_in_place_of_another_is_an_error():
-    class Other(torch.nn.Module):
-        def forward(self, hidden_states, **kwargs):
-            return hidden_states, None
-
+def test_a_module_that_is_put_in_place_of_another_is_an_error():
     _, tree = row()
     model = tiny("qwen3_5_text")
-    model.model.layers[2].self_attn = Other()
-    with pytest.raises(NotImplementedError, match=r"layers\.2 \(Qwen3_5DecoderLayer\)"):
+    model.model.layers[2].self_attn = Nothing()
+    with without("attention"):
+        one_pass(model, tree)
+    model = tiny("falcon_h1")  # whose layers have both
+    kept = model.model.layers[1].mamba.forward
+    model.model.layers[1].mamba.forward = lambda *args, **kwargs: kept(*args, **kwargs | {"subtree_end": None})
+    with without("recurrence and convolution"):
         one_pass(model, tree)
 
 
-def test_an_attention_model_is_watched_too():
-    import models
-
+@pytest.mark.parametrize("family", ["Qwen3", "GPT2"])
+def test_a_model_of_attention_is_watched_too(family):
     _, tree = row()
-    model = models.tiny("Qwen3")
-    attention_of_another_library(model.model.layers[1].self_attn)
-    with pytest.raises(NotImplementedError, match=r"layers\.1\.self_attn \(Qwen3Attention\) did not ask"):
+    if family == "GPT2":
+        sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.0}
+        config = transformers.GPT2Config(**sizes)
+        model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="flexmask").eval()
+        layer = model.transformer.h[1]
+        layer.attn = Nothing()
+    else:
+        model = models.tiny(family)
+        forget(model.model.layers[1].self_attn)
+    with pytest.raises(NotImplementedError, match=r"(layers|h)\.1 \(\w+\) did not ask flexmask"):
         one_pass(model, tree)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2"])
+def test_attention_that_is_changed_after_loading(family):
+    """Found: such a model was not watched, and filled a cache."""
+    _, tree = row()
+    expected = one_pass(tiny(family), tree)
+    model = tiny(family)
+    model.set_attn_implementation("sdpa")
+    for hooks in (model.model._forward_pre_hooks, model.model._forward_hooks):
+        hooks.clear()  # as if it had been loaded with it
+    model.set_attn_implementation("flexmask")
+    assert torch.equal(one_pass(model, tree), expected)
+    forget(model.model.layers[2].self_attn)
+    with pytest.raises(NotImplementedError, match="did not ask flexmask"):
+        one_pass(model, tree)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "lfm2"])
+def test_share_prefixes(family):
+    """The padded batch, sequences of a single token among it; and a layer that does not ask is an error there, too."""
+    ids = torch.randint(3, VOCABULARY, (5, 30), generator=torch.Generator().manual_seed(0))
+    ids[:, :12] = ids[0, :12]
+    mask = torch.ones_like(ids)
+    mask[1, 25:], mask[2, 1:], mask[3, 1:] = 0, 0, 0
+    ids[3, 0] = ids[2, 0] + 1
+    model = tiny(family, torch.float64).eval()
+    with torch.no_grad(), KeepFloat64():
+        for rows in (slice(None), slice(3)):  # with two sequences of one token, and with one
+            batch = {"input_ids": ids[rows], "attention_mask": mask[rows]}
+            expected = model.forward(**batch).logits
+            flexmask.share_prefixes(model)
+            found = model(**batch).logits
+            model.base_model.forward = model.base_model.padded_forward
+            assert ((found - expected) * mask[rows, :, None]).abs().max() < 1e-9
+    flexmask.share_prefixes(model)
+    forget(model.model.layers[2].self_attn)
+    with pytest.raises(NotImplementedError, match="did not ask flexmask"):
+        model(input_ids=ids[:2].clone(), attention_mask=mask[:2])
+
+
+def test_layers_that_are_compiled_one_by_one():
+    _, tree = row()
+    model = tiny("qwen3_5_text")
+    losses = one_pass(model, tree)
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    torch.testing.assert_close(one_pass(model, tree), losses)
+
+
+def test_layers_that_do_not_run_need_not_ask():
+    _, tree = row()
+    model = models.tiny("Qwen3", num_hidden_layers=3)
+    model.config.num_hidden_layers = 2
+    one_pass(model, tree)
+
+
+def test_several_models_in_turns():
+    _, tree = row()
+    trees, library = tiny("qwen3_5_text"), tiny("qwen3_5_text")
+    library.set_attn_implementation("sdpa")
+    ids = torch.arange(3, 40)[None]
+    expected, losses = library(input_ids=ids).logits, one_pass(trees, tree)
+    assert torch.equal(library(input_ids=ids).logits, expected)
+    assert torch.equal(one_pass(trees, tree), losses)
+    with pytest.raises(ValueError, match="tree batch"):
+        one_pass(library, tree)
+
+
+def test_the_language_model_of_a_multimodal_one():
+    text = tiny("qwen3_5_text", torch.float64)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 0, 0], "partial_rotary_factor": 0.25}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3_5Config(
+        text_config=text.config.to_dict() | {"rope_parameters": rope}, vision_config=vision
+    )
+    model = transformers.Qwen3_5ForConditionalGeneration._from_config(config, attn_implementation="flexmask")
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.model.visual = None  # a tree holds text
+    with KeepFloat64():
+        assert_same(*both(model.to(torch.float64).train()), 1e-10, 1e-8)
+
+
+def test_cost_counts_recurrences():
+    _, tree = row()
+    costs = {family: cost(tree, tiny(family).config).one_pass for family in ("qwen3_5_text", "bamba", "lfm2")}
+    config = tiny("qwen3_5_text").config
+    without = cost(tree, type(config)(**config.to_dict() | {"layer_types": ["full_attention"] * 4})).one_pass
+    assert costs["qwen3_5_text"].linear_flops > without.linear_flops * 0.5
+    assert all(found.linear_flops > 0 and found.attention_flops > 0 for found in costs.values())
+    # One layer's scan, by hand: 4 heads of values, 2 of keys, 8 × 12; chunks of 64.
+    inputs = [(1, 64, 2, 8), (1, 64, 2, 8), (1, 64, 4, 12), (1, 64, 4)]
+    by_hand = 64 * (2 * 2 * 64 * 8 * 2 + 4 * (3 * 2 * 8 * 12 + 2 * 64 * 12 + 64 * (8 + 12)))
+    assert _scan_flops(*inputs, (1, 64, 4), None, None) == by_hand
 
 
 @pytest.mark.parametrize(

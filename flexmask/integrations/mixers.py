@@ -12,12 +12,13 @@ import inspect
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import CodeType, ModuleType
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..recurrence import tree_conv, tree_scan
 
@@ -97,7 +98,7 @@ def _unfused(library, *args, subtree_end, **kwargs) -> None:
 def _refuse_others(kwargs: dict, *names: str) -> None:
     found = [name for name in names if kwargs.get(name) is not None and kwargs[name] is not False]
     if found:
-        raise ValueError(f"got {' and '.join(found)} beside subtree_end; a tree batch is a whole row and takes neither")
+        raise ValueError(f"got {' and '.join(found)} beside subtree_end; a tree batch is a whole row by itself")
 
 
 _OURS = {
@@ -107,8 +108,8 @@ _OURS = {
     "mamba2_split_conv1d_scan_combined": _unfused,
     "torch_chunk_gated_delta_rule": _delta_rule,
 }
+_CONVOLUTION = "causal_conv1d_fn"
 _SCANS = {"chunk_kimi_delta_attention", "mamba2_chunk_scan", "torch_chunk_gated_delta_rule"}
-_ATTENTION = "ALL_ATTENTION_FUNCTIONS"  # through which the library's attention layers find theirs
 # Functions with a state that have no counterpart of ours.
 _OTHERS = {"mamba_selective_scan", "mamba_inner_fn"}
 
@@ -130,7 +131,7 @@ def _over_tree(name: str, library: Callable, ours: Callable) -> Callable:
     def function(*args, subtree_end: Tensor | None = None, **kwargs):
         if subtree_end is None:
             return library(*args, **kwargs)
-        _noted.calls[name] += 1
+        note(name)
         return ours(library, *args, subtree_end=subtree_end, **kwargs)
 
     function._flexmask = True
@@ -148,7 +149,7 @@ def _modules(model_class: type) -> list[ModuleType]:
 
 def refusal(model_class: type, layer_types: tuple[str, ...]) -> str | None:
     """Why the recurrent layers of a model would be trained wrongly, or None; judged by what the code of its layers calls."""
-    called, without_keywords = set(), []
+    called, without_keywords, without_scan = set(), [], []
     for module in _modules(model_class):
         for cls in vars(module).values():
             if isinstance(cls, type) and issubclass(cls, torch.nn.Module) and cls.__module__ == module.__name__:
@@ -157,6 +158,8 @@ def refusal(model_class: type, layer_types: tuple[str, ...]) -> str | None:
                 kinds = [p.kind for p in inspect.signature(cls.forward).parameters.values()]
                 if names & _OURS.keys() and inspect.Parameter.VAR_KEYWORD not in kinds:
                     without_keywords.append(cls.__name__)
+                if _CONVOLUTION in names and not names & _SCANS:
+                    without_scan.append(cls.__name__)
     kinds = ", ".join(sorted(set(layer_types) & RECURRENT)) or "recurrent"
     if called & _OTHERS:
         return f"its layers call {', '.join(sorted(called & _OTHERS))}, which takes no state of another run (Mamba 1)"
@@ -175,8 +178,9 @@ def _called(cls: type) -> set[str]:
     names: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(torch.nn.Module)]:
         for method in vars(base).values():
-            if inspect.isfunction(method):
-                names.update(_names(inspect.unwrap(method).__code__))
+            function = inspect.unwrap(method) if inspect.isfunction(method) else None
+            if inspect.isfunction(function):
+                names.update(_names(function.__code__))
     return names
 
 
@@ -186,72 +190,110 @@ def _names(code: CodeType) -> set[str]:
 
 # ----------------------------------------------------------------------------------------------------- who asked, and who not
 
+_ATTENTION = "attention"
+
 
 class _Noted(threading.local):
-    """In the forward of a tree: attention modules that called our function, and how often each of the others was called."""
+    """Of the forward that runs: whether it is of a tree, what was asked so far, and what had been when a layer began."""
 
     def __init__(self):
-        self.attention: set[int] = set()
-        self.calls: Counter = Counter()
+        self.is_tree = False
+        self.asked: Counter = Counter()
+        self.before: dict[int, Counter] = {}
+        self.kinds: dict[int, tuple[str, str | None]] = {}
 
 
 _noted = _Noted()
 
 
-def note_attention(module: torch.nn.Module) -> None:
+def note(what: str = _ATTENTION) -> None:
+    """One of our functions was asked: attention, or the one in place of a function of the library."""
     if not torch.compiler.is_compiling():
-        _noted.attention.add(id(module))
+        _noted.asked[what] += 1
 
 
-def watch(model: torch.nn.Module) -> None:
-    """Let a base model see to it that, in a forward of a tree, every layer that mixes tokens does it along the tree."""
-    if _before not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_before, with_kwargs=True)
-        model.register_forward_hook(_after, with_kwargs=True)
+def watch(model: PreTrainedModel) -> None:
+    """Let the bodies of text models in a model see to it that, in a forward of a tree, every layer that runs mixes tokens along
+    the tree. Not under torch.compile, where nothing can be noted."""
+    for module in model.modules():
+        is_body = isinstance(module, PreTrainedModel) and not module.can_generate()
+        if is_body and module.config is module.config.get_text_config(decoder=True):
+            _hook(module, _before_model, _after_model)
 
 
-def _before(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    if kwargs.get("subtree_end") is None:
-        return None
-    _refuse_others(kwargs, "past_key_values", "cu_seq_lens_q", "seq_idx")
+def _hook(module: torch.nn.Module, before: Callable, after: Callable) -> None:
+    if before not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after, with_kwargs=True)
+
+
+def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, begin(model, kwargs)
+
+
+def begin(model: PreTrainedModel, kwargs: dict) -> dict:
+    """Before the forward of a body. Returns the keywords that it should be called with.
+
+    Raises:
+        ValueError: a cache or packed sequences beside a tree.
+    """
+    is_tree = kwargs.get("subtree_end") is not None
+    if is_tree:
+        _refuse_others(kwargs, "past_key_values", "cu_seq_lens_q", "seq_idx")
+        kwargs = kwargs | {"use_cache": False}  # or the library would fill a cache in training, too
     if not torch.compiler.is_compiling():
-        _noted.attention.clear()
-        _noted.calls.clear()
-    return args, kwargs | {"use_cache": False}  # or the library would fill a cache in training, too
+        _noted.is_tree = is_tree
+        if is_tree:
+            for module in model.modules():  # which may have been changed since
+                if isinstance(module, GradientCheckpointingLayer):  # the library's name for a layer of a stack
+                    _hook(module, _before_layer, _after_layer)
+            _noted.kinds = _kinds(model)
+    return kwargs
 
 
-def _after(model: torch.nn.Module, args: tuple, kwargs: dict, output) -> None:
-    if kwargs.get("subtree_end") is None or torch.compiler.is_compiling():
-        return
-    expected: Counter = Counter()
-    mixing: list[str] = []  # names of the modules that mix tokens
+def _after_model(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
+    if not torch.compiler.is_compiling():
+        _noted.is_tree = False
+
+
+def _before_layer(layer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    if not torch.compiler.is_compiling() and _noted.is_tree:
+        _noted.before[id(layer)] = _noted.asked.copy()
+
+
+def _after_layer(layer: torch.nn.Module, args: tuple, kwargs: dict, output) -> None:
+    """Raises NotImplementedError where the layer has not asked for all that it should have."""
+    if torch.compiler.is_compiling() or not _noted.is_tree:
+        return  # in a recomputation, too, which is of a forward that was watched
+    asked = _noted.asked - _noted.before.pop(id(layer))
+    name, kind = _noted.kinds.get(id(layer), (type(layer).__name__, None))
+    convolutions = sum(_CONVOLUTION in _called(type(module)) for module in layer.modules())
+    attends = kind == "hybrid" or kind not in RECURRENT | _WITHOUT | {None}
+    lacks = {
+        "attention": attends and not asked[_ATTENTION],
+        "recurrence": kind in RECURRENT - {"conv"} and not any(asked[scan] for scan in _SCANS),
+        "convolution": asked[_CONVOLUTION] < max(convolutions, kind == "conv"),
+        "mixing of tokens": kind is None and not asked,
+    }
+    missing = [what for what, is_missing in lacks.items() if is_missing]
+    if missing:
+        raise NotImplementedError(
+            f"in the forward of a tree batch {name} ({type(layer).__name__}) did not ask flexmask for its "
+            f"{' and '.join(missing)}, and so took the tree for one long sequence; undo what has replaced its code (another "
+            "library, use_kernels=True), or use N passes"
+        )
+
+
+_WITHOUT = {"mlp", "moe"}  # kinds of layers that mix no tokens
+
+
+def _kinds(model: PreTrainedModel) -> dict[int, tuple[str, str | None]]:
+    """Of each layer, by its id: its name, and its type where the configuration tells."""
+    types = getattr(model.config, "layer_types", None) or ()
+    found = {}
     for name, module in model.named_modules():
-        called = set() if isinstance(module, PreTrainedModel) else _called(type(module))
-        if _ATTENTION in called and id(module) not in _noted.attention:
-            raise _not_asked(model, f"{name} ({type(module).__name__})")
-        asks = called & (_SCANS | {_ATTENTION, "causal_conv1d_fn"})
-        expected.update(asks - {_ATTENTION})
-        if asks:
-            mixing.append(name)
-    for name, count in expected.items():
-        if _noted.calls[name] < count:
-            raise _not_asked(model, f"{count - _noted.calls[name]} of {count} layers that call {name}")
-    for name, layer in _layers(model):
-        if not any(mixer.startswith(f"{name}.") for mixer in mixing):
-            raise _not_asked(model, f"{name} ({type(layer).__name__})")
-
-
-def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Its layers that should mix tokens: all but those of experts and the like, of which a configuration may tell."""
-    types = getattr(model.config, "layer_types", None) or [None] * model.config.num_hidden_layers
-    layers = getattr(model, "layers", ())
-    for index, (kind, layer) in enumerate(zip(types, layers, strict=False)):
-        if kind not in ("mlp", "moe"):
-            yield f"layers.{index}", layer
-
-
-def _not_asked(model: torch.nn.Module, who: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"{type(model).__name__}: in the forward of a tree batch {who} did not ask flexmask, and so took the tree for one "
-        "long sequence; undo what has replaced its code (another library, use_kernels=True), or use N passes"
-    )
+        if isinstance(module, torch.nn.ModuleList):
+            of_stack = types if len(types) == len(module) else [None] * len(module)
+            for index, (layer, kind) in enumerate(zip(module, of_stack, strict=True)):
+                found[id(layer)] = f"{name}.{index}", kind
+    return found

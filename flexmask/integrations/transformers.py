@@ -97,7 +97,7 @@ def _attention_function(
             "or flexmask.train.OnePassTrainer"
         )
     window = _check_layer(module, attention_mask, dropout, subtree_end, kwargs)
-    mixers.note_attention(module)
+    mixers.note()
     out = tree_attention(
         query,
         key,
@@ -281,11 +281,10 @@ def _check_when_loading() -> None:
     @functools.wraps(library_check)
     def checked(self, requested_attention, *args, **kwargs):
         if requested_attention == NAME:
-            mixers.install(type(self))
             if self.can_generate():
                 check_config(self.config, type(self))
-            elif self.config is self.config.get_text_config(decoder=True):
-                mixers.watch(self)  # the body, which is called as a module also where its head is not (PEFT)
+            mixers.install(type(self))
+            mixers.watch(self)  # when it is built, itself; when its attention is changed later, what is in it
         return library_check(self, requested_attention, *args, **kwargs)
 
     PreTrainedModel.get_correct_attn_implementation = checked

@@ -46,6 +46,8 @@ def tree_conv(x: Tensor, width: int, subtree_end: Tensor, conv: Callable[[Tensor
     """
     out = conv(x)
     window, places = once_per_forward(_windows, subtree_end, width=width)
+    if not torch.compiler.is_compiling() and not len(places):  # compiled code serves any number, and must not ask
+        return out
     flat, corrected = (rearrange(y, "b d l -> d (b l)") for y in (x, out))
     pieces = rearrange(torch.nn.functional.pad(flat, (0, 1))[:, window], "d t w -> t d w")
     corrected = corrected.index_copy(1, places, conv(pieces)[..., -1].T)
@@ -94,7 +96,7 @@ def tree_scan(
     Args:
         query, key: (batch, L, key_heads, key_size).
         value: (batch, L, heads, value_size), heads a multiple of key_heads.
-        gate: (batch, L, heads), or (batch, L, heads, key_size): logarithms of the decay, at most 0.
+        gate: (batch, L, heads), or (batch, L, heads, key_size): logarithms of the decay, finite and at most 0.
         beta: (batch, L, heads) for the delta rule, None without it.
         subtree_end: int32 (batch, L).
         scale: of the output.
@@ -102,9 +104,31 @@ def tree_scan(
     Returns:
         (batch, L, heads, value_size), in the dtype of `value`.
 
+    Raises:
+        ValueError: shapes that do not fit.
+
     On CUDA by the kernels of `fla` where it is installed (16 bits, key_size ≤ 256), which round as they do in its own models;
     everywhere else by chunks in PyTorch, in float32 or float64.
     """
+    batch, length, heads, _ = value.shape
+    key_heads, key_size = key.shape[2:]
+    expected = {
+        "query": (query, [(batch, length, key_heads, key_size)]),
+        "key": (key, [(batch, length, key_heads, key_size)]),
+        "gate": (gate, [(batch, length, heads), (batch, length, heads, key_size)]),
+        "beta": (beta, [(batch, length, heads)]),
+        "subtree_end": (subtree_end, [(batch, length)]),
+    }
+    for name, (x, shapes) in expected.items():
+        if x is not None and tuple(x.shape) not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, expected {wanted} beside a value of {tuple(value.shape)}"
+            )
+    if heads % key_heads or not length:
+        raise ValueError(
+            f"value has {heads} heads and {length} tokens, expected a multiple of {key_heads} heads and a token"
+        )
     return _forward(query, key, value, gate, beta, subtree_end, scale)[0]
 
 

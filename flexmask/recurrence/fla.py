@@ -51,6 +51,8 @@ def _missing(per_channel: bool) -> str | None:
     """Why fla cannot train a recurrence, or None."""
     if _kernels("gated_delta_rule") is None:
         return "flash-linear-attention is not installed (pip install flash-linear-attention)"
+    if unknown := _unknown():
+        return f"this version of flash-linear-attention has another {' and '.join(unknown)} than 0.6"
     kernels = importlib.import_module("fla.ops.common.chunk_o")
     known = ("IS_NVIDIA_HOPPER", "TRITON_ABOVE_3_4_0", "TRITON_ABOVE_3_7_1")
     hopper, from_3_4, from_3_7_1 = (getattr(kernels, name, False) for name in known)
@@ -206,6 +208,29 @@ def _kernels(name: str) -> types.ModuleType | None:
         return None
 
 
+# Of each kind fla's forward and backward, and the functions for states that they call, which ours take the place of.
+_FORWARD_STATES = {"chunk_gated_delta_rule_fwd_h": _fwd_h}
+_STATES = _FORWARD_STATES | {"chunk_gated_delta_rule_bwd_dhu": _bwd_dhu}
+_GLA_FORWARD_STATES = {"chunk_fwd_h": _gla_fwd_h}
+_GLA_STATES = _GLA_FORWARD_STATES | {"chunk_bwd_dh": _gla_bwd_dh}
+_FUNCTIONS = {
+    "gated_delta_rule": {"chunk_gated_delta_rule_fwd": _FORWARD_STATES, "chunk_gated_delta_rule_bwd": _STATES},
+    "kda": {"chunk_kda_fwd": _FORWARD_STATES, "chunk_kda_bwd": _STATES},
+    "simple_gla": {"chunk_simple_gla_fwd": _GLA_FORWARD_STATES, "chunk_simple_gla_bwd": _GLA_STATES},
+}
+
+
+def _unknown() -> list[str]:
+    """Functions that this version of fla does not have, or that do not call what they should: states would not be ours."""
+    found = []
+    for kind, functions in _FUNCTIONS.items():
+        for name, states in functions.items():
+            function = inspect.unwrap(getattr(_kernels(kind), name, None) or (lambda: None))
+            if not states.keys() <= set(function.__code__.co_names) & function.__globals__.keys():
+                found.append(name)
+    return found
+
+
 @dataclass(frozen=True)
 class _Way:
     """fla's own forward and backward of one kind of recurrence, states made by ours."""
@@ -214,30 +239,14 @@ class _Way:
     backward: Callable
 
 
-_STATES = {
-    "gated_delta_rule": {"chunk_gated_delta_rule_fwd_h": _fwd_h, "chunk_gated_delta_rule_bwd_dhu": _bwd_dhu},
-    "kda": {"chunk_gated_delta_rule_fwd_h": _fwd_h, "chunk_gated_delta_rule_bwd_dhu": _bwd_dhu},
-    "simple_gla": {"chunk_fwd_h": _gla_fwd_h, "chunk_bwd_dh": _gla_bwd_dh},
-}
-_FUNCTIONS = {
-    "gated_delta_rule": ("chunk_gated_delta_rule_fwd", "chunk_gated_delta_rule_bwd"),
-    "kda": ("chunk_kda_fwd", "chunk_kda_bwd"),
-    "simple_gla": ("chunk_simple_gla_fwd", "chunk_simple_gla_bwd"),
-}
-
-
 def _way(kind: str, plan: _Plan) -> _Way:
-    return _Way(*(_with_states(getattr(_kernels(kind), name), kind, plan) for name in _FUNCTIONS[kind]))
+    return _Way(*(_with(getattr(_kernels(kind), name), states, plan) for name, states in _FUNCTIONS[kind].items()))
 
 
-def _with_states(function: Callable, kind: str, plan: _Plan) -> Callable:
-    """A function of fla that finds ours under the names of its state functions; fla itself stays as it is."""
+def _with(function: Callable, states: dict[str, Callable], plan: _Plan) -> Callable:
+    """A function of fla that finds ours under the names of its functions for states; fla itself stays as it is."""
     function = inspect.unwrap(function)
-    replaced = {
-        name: functools.partial(ours, function.__globals__[name], plan)
-        for name, ours in _STATES[kind].items()
-        if name in function.__globals__
-    }
+    replaced = {name: functools.partial(ours, function.__globals__[name], plan) for name, ours in states.items()}
     copy = types.FunctionType(
         function.__code__,
         function.__globals__ | replaced,

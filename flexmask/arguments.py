@@ -156,7 +156,7 @@ class DataArguments:
             raise ValueError(f"test_size is {self.test_size}, expected a part between 0 and 1, or a whole number")
         if self.test_size is not None and (self.eval_dataset_name or self.streaming):
             other = "eval_dataset_name" if self.eval_dataset_name else "streaming"
-            raise ValueError(f"test_size and {other} exclude each other")
+            raise ValueError(f"test_size and {other} exclude each other; give a file of its own with eval_dataset_name")
         datasets = self.train_datasets() + self.eval_datasets()
         if self.dataset_config is not None and not any(dataset.is_hub for dataset in datasets):
             raise ValueError(f"dataset_config is {self.dataset_config!r}, but there is no hub dataset; leave it out")

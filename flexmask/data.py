@@ -27,7 +27,7 @@ import transformers
 from datasets.utils import tqdm
 from filelock import FileLock, Timeout
 
-from .messages import TOO_DEEP, Conversation, ConversationError, read_conversation
+from .messages import TOO_DEEP, Conversation, ConversationError, NothingLeftError, read_conversation
 from .passes import Pass, render_conversation
 from .sources import HubDataset, InMemory, Record, Source, cleared, open_source
 from .tree import LOSS_REDUCTIONS, TokenTree
@@ -36,6 +36,7 @@ OVERLONG = ("error", "drop", "truncate")
 CHUNK = 64  # conversations that a process renders at once, and trees of a record batch: some MB of chats, 100 MB of long logs
 PROBE = 8  # conversations of which the time tells how many processes the others are worth
 NOTE, IGNORED, ABSENT = "note: ", "ignored: ", "absent: "  # what names of counts begin with
+NOTHING_LEFT = "conversations dropped, because nothing of them is left to train"
 
 TREES, COUNTED = "trees.arrow", "counted.json"  # files of a preparation
 
@@ -96,14 +97,15 @@ class Counts:
         )
         if kept:
             text += f" ({self.pass_tokens:,} in separate passes, {self.pass_tokens / self.tokens:.2f}x)"
-        if self.dropped or self.truncated:
+        dropped = self.dropped - self.notes.get(NOTHING_LEFT, 0)
+        if dropped or self.truncated:
             text += (
-                f"\nLOST to max_length or max_tokens: {self.dropped:,} conversations dropped, {self.truncated:,} "
+                f"\nLOST to max_length or max_tokens: {dropped:,} conversations dropped, {self.truncated:,} "
                 f"truncated; {self.passes_lost:,} passes and {self.targets_lost:,} targets "
                 f"({self.targets_lost / self.targets:.2%}) are not trained"
             )
         else:
-            text += "\nnothing dropped, nothing truncated"
+            text += "\nno conversation dropped or truncated for its length"
         for name, count in self.notes.items():
             text += f"\n{name}: {count:,}"
         if self.ignored:
@@ -304,6 +306,9 @@ class TreeMaker:
             passes = render_conversation(conversation, self.tokenizer, counts=notes, **self.template_options)
         except RecursionError as error:
             raise ConversationError(f"{conversation.origin}: {TOO_DEEP}") from error
+        except NothingLeftError:
+            nothing = Counter({NOTE + name: count for name, count in notes.items()})
+            return None, nothing + Counter({"conversations": 1, "dropped": 1, NOTE + NOTHING_LEFT: 1}), 0
         try:
             kept = passes
             for name, limit in self._limits():

@@ -20,6 +20,13 @@ from .integrations.transformers import NAME
 
 # ChatML in the manner of Qwen3: only messages after the last user message keep their reasoning.
 CHAT_TEMPLATE = """\
+{%- if tools %}
+    {{- '<|im_start|>tools\\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson + '\\n' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
 {%- set last = namespace(user=-1) %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
@@ -31,7 +38,11 @@ CHAT_TEMPLATE = """\
     {%- if message.role == 'assistant' and message.reasoning_content and loop.index0 > last.user %}
         {{- '<think>\\n' + message.reasoning_content.strip('\\n') + '\\n</think>\\n\\n' }}
     {%- endif %}
-    {{- message.content + '<|im_end|>\\n' }}
+    {{- message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>\\n' + call.function | tojson + '\\n</tool_call>\\n' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}

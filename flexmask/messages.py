@@ -86,6 +86,10 @@ class ConversationError(ValueError):
     """A conversation that cannot be turned into passes. The text names the message."""
 
 
+class NothingLeftError(ConversationError):
+    """The options leave nothing of a conversation to train: over a dataset it is dropped, and counted."""
+
+
 class Conversation(dict):
     """A checked conversation: `messages`, perhaps `tools` and `chat_template_kwargs`, and whatever else its record has.
 
@@ -196,6 +200,11 @@ def _written_messages(record: Mapping) -> tuple[list, list[str]]:
     if "prompt" not in record or "completion" not in record:
         raise ConversationError(
             f"has the keys {_keys(record)}, expected messages (or conversations, or prompt and completion)"
+            + (
+                ""
+                if record
+                else "; the Trainer takes columns out that it does not know, but for remove_unused_columns=False"
+            )
         )
     written, names = [], []
     for key in ("prompt", "completion"):

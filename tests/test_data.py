@@ -252,7 +252,9 @@ def test_trees_are_those_of_the_passes(conversations, tokenizer):
     assert (prepared.targets, prepared.targets_lost) == (sum(map(supervised, passes)), 0)
     assert prepared.tokens == sum(len(tree) for tree in prepared.trees)
     assert prepared.pass_tokens == sum(len(p.input_ids) for of_one in passes for p in of_one)
-    assert f"{prepared.tokens:,} tokens" in str(prepared) and "nothing dropped, nothing truncated" in str(prepared)
+    assert f"{prepared.tokens:,} tokens" in str(
+        prepared
+    ) and "no conversation dropped or truncated for its length" in str(prepared)
 
 
 def test_template_options_and_tools_reach_the_template(conversations, tokenizer):

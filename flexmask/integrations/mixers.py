@@ -162,7 +162,10 @@ def refusal(model_class: type, layer_types: tuple[str, ...]) -> str | None:
                     without_scan.append(cls.__name__)
     kinds = ", ".join(sorted(set(layer_types) & RECURRENT)) or "recurrent"
     if called & _OTHERS:
-        return f"its layers call {', '.join(sorted(called & _OTHERS))}, which takes no state of another run (Mamba 1)"
+        return (
+            f"its layers call {', '.join(sorted(called & _OTHERS))}, and Mamba 1's scan cannot start from a state that it is "
+            "given, as the branches of a tree must"
+        )
     if not called & (_OURS.keys() if set(layer_types) & {"conv"} else _SCANS):
         return (
             f"its layers of type {kinds} carry a state in code of their own, which would take one branch into the next"

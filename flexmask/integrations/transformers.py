@@ -201,7 +201,8 @@ def check_config(config: PreTrainedConfig, model_class: type | None = None) -> N
 
 def _refuse(config, reason: str) -> NotImplementedError:
     return NotImplementedError(
-        f'{config.model_type} cannot be trained with attn_implementation="{NAME}": {reason}. Use "sdpa" and N passes'
+        f'{config.model_type} cannot be trained with attn_implementation="{NAME}": {reason}. Train each turn as a sequence '
+        "of its own, without flexmask"
     )
 
 

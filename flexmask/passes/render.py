@@ -26,6 +26,7 @@ from ..messages import (
     WEIGHTS,
     Conversation,
     ConversationError,
+    NothingLeftError,
     is_trained,
     is_weight,
     read_conversation,
@@ -234,9 +235,9 @@ class _Renderer:
                         self._counts["empty thoughts in the prompt"] += 1
             turns.append(turn)
         if not turns:
-            raise ConversationError(
-                NOTHING_TO_TRAIN if not targets else "all its messages have empty thoughts (empty_reasoning is 'drop')"
-            )
+            if targets:
+                raise NothingLeftError("all its messages have empty thoughts (empty_reasoning is 'drop')")
+            raise ConversationError(NOTHING_TO_TRAIN)
         return turns
 
     def _writes_empty_thought(self, turn: _Turn, template: Template) -> bool:

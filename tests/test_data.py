@@ -447,3 +447,15 @@ def test_weights_and_reductions_reach_the_trees(conversations, tokenizer, loss_r
     ).trees[0]
     by_hand = [replace(p, input_ids=p.input_ids[:limit], loss_mask=p.loss_mask[:limit]) for p in passes[0]]
     assert same_trees([cut], [TokenTree.from_passes(by_hand, loss_reduction=loss_reduction)])
+
+
+def test_a_conversation_of_which_nothing_is_left_is_dropped_and_counted(tokenizer):
+    """Found: one such conversation ended the run."""
+    thinks = [{"role": "user", "content": "1?"}, {"role": "assistant", "reasoning_content": "One.", "content": "1"}]
+    plain = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "2"}]
+    options = {"train_on": "last", "empty_reasoning": "drop"}
+    prepared = build_trees([{"messages": thinks}, {"messages": plain}], tokenizer, **options)
+    assert (prepared.conversations, prepared.dropped, prepared.intact) == (2, 1, [0])
+    assert "because nothing of them is left to train: 1" in str(prepared) and "LOST" not in str(prepared)
+    with pytest.raises(ConversationError, match="empty thoughts"):
+        render_passes(plain, tokenizer, **options)

@@ -180,6 +180,24 @@ def test_template_in_the_manner_of_qwen3(tokenizer):
     )
 
 
+def test_template_has_tools(tokenizer):
+    """Found: the model that the README offers for trying things refused the README's own example with a tool."""
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
+    messages = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "reasoning_content": "I can add.", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "4"},
+        {"role": "assistant", "content": "It is 4."},
+    ]
+    first, last = render_passes(messages, tokenizer, tools=tools)
+    trained = tokenizer.decode(np.asarray(first.input_ids)[np.asarray(first.loss_mask)])
+    wanted = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>\n<|im_end|>'
+    assert trained == f"<think>\nI can add.\n</think>\n\n{wanted}"
+    text = tokenizer.decode(last.input_ids)
+    assert text.startswith('<|im_start|>tools\n{"type": "function", "function": {"name": "add"') and wanted in text
+
+
 def test_tree_is_smaller_than_the_passes(conversations, tokenizer):
     for conversation in conversations[:20]:
         passes = render_passes(conversation["messages"], tokenizer)

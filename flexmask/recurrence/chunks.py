@@ -33,7 +33,11 @@ def forward(query, key, value, gate, beta, subtree_end: Tensor, scale: float) ->
         which, (batch, L, heads, key_size or 0).
     """
     plan = _plan_for(gate, subtree_end)
-    parts = [_forward_of(*part, plan, scale) for part in _by_heads(query, key, value, gate, beta, plan=plan)]
+    parts = []
+    for few, many in _by_heads(key, value, plan):
+        q, k = (x[:, :, few] for x in (query, key))
+        v, g, b = (None if x is None else x[:, :, many] for x in (value, gate, beta))
+        parts.append(_forward_of(q, k, v, g, b, plan, scale))
     return tuple(torch.cat(columns, 2) for columns in zip(*parts, strict=True))
 
 
@@ -42,9 +46,16 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the first five arguments of `forward`, from that of its first result and the other two."""
     plan = _plan_for(gate, subtree_end)
-    inputs = (query, key, value, gate, beta, d_out, written, taken)
-    parts = [_backward_of(*part, plan, scale) for part in _by_heads(*inputs, plan=plan)]
-    return tuple(None if columns[0] is None else torch.cat(columns, 2) for columns in zip(*parts, strict=True))
+    of_keys = tuple(x.new_zeros(x.shape, dtype=exact(value)) for x in (query, key))  # which several heads may share
+    of_heads = []
+    for few, many in _by_heads(key, value, plan):
+        q, k = (x[:, :, few] for x in (query, key))
+        others = (None if x is None else x[:, :, many] for x in (value, gate, beta, d_out, written, taken))
+        *d_keys, d_v, d_g, d_b = _backward_of(q, k, *others, plan, scale)
+        for total, part in zip(of_keys, d_keys, strict=True):
+            total[:, :, few] += part
+        of_heads.append((d_v, d_g, d_b))
+    return *of_keys, *(None if x[0] is None else torch.cat(x, 2) for x in zip(*of_heads, strict=True))
 
 
 def _forward_of(query, key, value, gate, beta, plan: _Plan, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,15 +116,23 @@ def _backward_of(query, key, value, gate, beta, d_out, written, taken, plan: _Pl
     return tuple(None if x is None else plan.from_chunks(x, value) for x in found)
 
 
-def _by_heads(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None, plan: _Plan) -> Iterator[tuple]:
-    """The arguments for a few heads at a time: heads are independent, and what is computed of them should fit into
-    STATES_AT_ONCE."""
-    groups = value.shape[2] // key.shape[2]
-    of_head = len(plan.place) // plan.size * groups * key.shape[-1] * value.shape[-1] * exact(value).itemsize
-    count = max(1, STATES_AT_ONCE[value.is_cuda] // of_head)
-    for first in range(0, key.shape[2], count):
-        few, many = slice(first, first + count), slice(first * groups, (first + count) * groups)
-        yield query[:, :, few], key[:, :, few], *(None if x is None else x[:, :, many] for x in (value, *others))
+def _by_heads(key: Tensor, value: Tensor, plan: _Plan) -> Iterator[tuple[slice, slice]]:
+    """Heads of keys, and of values, to be computed at once: heads are independent, and the states of these are at most
+    STATES_AT_ONCE, or of one head."""
+    (key_heads, key_size), (heads, value_size) = key.shape[2:], value.shape[2:]
+    groups = heads // key_heads
+    fit = STATES_AT_ONCE[value.is_cuda] // (
+        len(plan.place) // plan.size * key_size * value_size * exact(value).itemsize
+    )
+    if fit >= groups:
+        for first in range(0, key_heads, fit // groups):
+            last = min(first + fit // groups, key_heads)
+            yield slice(first, last), slice(first * groups, last * groups)
+        return
+    for key_head in range(key_heads):
+        end = (key_head + 1) * groups
+        for first in range(key_head * groups, end, max(1, fit)):
+            yield slice(key_head, key_head + 1), slice(first, min(first + max(1, fit), end))
 
 
 @dataclass(frozen=True)

@@ -449,8 +449,9 @@ def test_weights_and_reductions_reach_the_trees(conversations, tokenizer, loss_r
     assert same_trees([cut], [TokenTree.from_passes(by_hand, loss_reduction=loss_reduction)])
 
 
-def test_a_conversation_of_which_nothing_is_left_is_dropped_and_counted(tokenizer):
+def test_a_conversation_of_which_nothing_is_left_is_dropped_and_counted():
     """Found: one such conversation ended the run."""
+    tokenizer = template_tokenizer("qwen3")
     thinks = [{"role": "user", "content": "1?"}, {"role": "assistant", "reasoning_content": "One.", "content": "1"}]
     plain = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "2"}]
     options = {"train_on": "last", "empty_reasoning": "drop"}

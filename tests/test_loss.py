@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import needs_linux
@@ -271,6 +272,7 @@ def test_mixed_precision_of_accelerate_reaches_the_library(monkeypatch):
 
     monkeypatch.setattr(flexmask.loss, "_library_loss", library_loss)
     monkeypatch.setattr(flexmask.loss, "CHUNK_LOGITS", 5 * 512)
+    AcceleratorState._reset_state()  # of tests before this one in the same process
     model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(tiny("Qwen3"))
     batch = to_batch(TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 2, 6, 9, 5, 500)))
     expected, found = plain_losses(model, batch), target_losses(model, batch)

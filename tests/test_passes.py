@@ -279,7 +279,13 @@ def test_a_template_without_tools_is_refused_and_not_trained_with_empty_answers(
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
     call = {"type": "function", "function": {"name": "add", "arguments": {}}}
     messages = [user("2 + 2?"), answer("", "I can add.", tool_calls=[call])]
-    plain = demo.train_tokenizer(["I can add."])
+    with_tools = demo.CHAT_TEMPLATE
+    calls = (
+        with_tools.index("    {%- for call"),
+        with_tools.index("    {{- '<|im_end|>", with_tools.index("    {%- for call")),
+    )
+    without = with_tools[with_tools.index("{%- set last") : calls[0]] + with_tools[calls[1] :]
+    plain = demo.train_tokenizer(["I can add."], chat_template=without)
     with pytest.raises(ConversationError, match="does not render its call of the tool 'add'"):
         render_passes(messages, plain)
     with pytest.raises(ConversationError, match="does not render the tool 'add'; leave tools out"):

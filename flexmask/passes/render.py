@@ -139,7 +139,7 @@ def render_conversation(conversation, tokenizer, *, counts: Counter | None = Non
         counts = Counter() if counts is None else counts
         return _Renderer(conversation, tokenizer, chosen, arguments, counts).passes()
     except ConversationError as error:
-        raise ConversationError(f"{conversation.origin}: {error}" if conversation.origin else str(error)) from error
+        raise type(error)(f"{conversation.origin}: {error}" if conversation.origin else str(error)) from error
 
 
 @dataclass(frozen=True)

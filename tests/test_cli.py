@@ -207,6 +207,7 @@ def test_a_fault_in_a_stream_ends_in_one_line(tmp_path, data, workers, capsys):
         (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
         (["--per_device_train_batch_size", 4], "a batch is one packed row"),
         (["--label_smoothing_factor", 0.1], "label_smoothing_factor is 0.1, expected 0"),
+        (["--train_sampling_strategy", "group_by_length"], "must not be group_by_length"),
         (["--dataloader_drop_last", "true"], "dataloader_drop_last must be false"),
         (["--remove_unused_columns", "true"], "remove_unused_columns must be false"),
         (["--chat_template_kwargs", "{enable_thinking: 1}"], "expected a JSON object"),

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -64,6 +64,16 @@ def measure(function: Callable, repeats: int, warmup: int = 1) -> dict[str, floa
     for _ in range(warmup):
         function()
     return spread([elapsed(function) for _ in range(repeats)])
+
+
+def in_turns(functions: Sequence[Callable], repeats: int) -> list[list[float]]:
+    """Seconds of each call of each function. They take turns, in the opposite order every second round: what slows the machine
+    down for a while slows all of them."""
+    seconds = [[] for _ in functions]
+    for turn in range(repeats):
+        for i in range(len(functions))[:: -1 if turn % 2 else 1]:
+            seconds[i].append(elapsed(functions[i]))
+    return seconds
 
 
 def spread(values: list[float]) -> dict:

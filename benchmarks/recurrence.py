@@ -23,8 +23,8 @@ from common import (
     attempt,
     bars,
     conversation,
-    elapsed,
     in_own_process,
+    in_turns,
     peak_memory,
     ratio,
     spread,
@@ -186,10 +186,7 @@ def _times(specs: list[dict]) -> list[dict]:
     steps = [attempt(lambda s=s: {"step": _warmed_up(s)}) for s in specs]
     working = [found["step"] for found in steps if "error" not in found]
     passes = next(step for step in working if step._method is n_pass)
-    seconds = {step: [] for step in working}
-    for turn in range(specs[0]["repeats"]):
-        for step in working[:: -1 if turn % 2 else 1]:
-            seconds[step].append(elapsed(step))
+    seconds = dict(zip(working, in_turns(working, specs[0]["repeats"])))
     return [found if "error" in found else _found(found["step"], passes, seconds) for found in steps]
 
 

@@ -200,13 +200,18 @@ def loss_memory(result: dict) -> list[list[str]]:
     )
 
 
+STAGE = {
+    "conversations": lambda row: f"{row['conversations']:,}, {row['dataset']}",
+    "stage": lambda row: row["stage"],
+    "time": lambda row: _seconds(row["seconds"]),
+}
+
+
 def preprocessing(result: dict) -> list[list[str]]:
     return _columns(
         result["rows"],
         {
-            "conversations": lambda row: f"{row['conversations']:,}, {row['dataset']}",
-            "stage": lambda row: row["stage"],
-            "time": lambda row: _seconds(row["seconds"]),
+            **STAGE,
             "share": lambda row: f"{row['share']:.1%}",
             "tokens/s": lambda row: f"{row['tokens/s']:,}",
             "tokens N-pass / tree": lambda row: f"{row['tokens N-pass / tree']:.2f}",
@@ -238,9 +243,7 @@ def overhead(result: dict) -> list[list[str]]:
     return _columns(
         result["rows"],
         {
-            "conversations": lambda row: f"{row['conversations']:,}, {row['dataset']}",
-            "": lambda row: row["stage"],
-            "time": lambda row: _seconds(row["seconds"]),
+            **STAGE,
             "times rendering and tokenising": lambda row: _times(row["times rendering and tokenising"]),
         },
     )
@@ -250,9 +253,7 @@ def at_scale(result: dict) -> list[list[str]]:
     return _columns(
         result["rows"],
         {
-            "conversations": lambda row: f"{row['conversations']:,}, {row['dataset']}",
-            "": lambda row: row["stage"],
-            "time": lambda row: _seconds(row["seconds"]),
+            **STAGE,
             "of it after imports": lambda row: f"{row['of it until rows']:.3g} s",
             "rows": lambda row: f"{row['rows']:,}",
             "resident": lambda row: f"{row['resident MiB']:,.0f} MiB",

@@ -21,6 +21,7 @@ from common import (
     drawn,
     elapsed,
     in_own_process,
+    in_turns,
     peak_memory,
     spread,
 )
@@ -215,10 +216,7 @@ def _memory(specs: Sequence[dict]) -> list[dict]:
 def _times(specs: Sequence[dict]) -> list[dict]:
     found = [attempt(lambda spec=spec: {"step": _warmed_up(spec)}) for spec in specs]
     steps = [of["step"] for of in found if "error" not in of]
-    seconds = {step: [] for step in steps}
-    for turn in range(specs[0]["repeats"]):
-        for step in steps[:: -1 if turn % 2 else 1]:
-            seconds[step].append(elapsed(step))
+    seconds = dict(zip(steps, in_turns(steps, specs[0]["repeats"])))
     return [of if "error" in of else _timed(of["step"], seconds[of["step"]]) for of in found]
 
 

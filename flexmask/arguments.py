@@ -264,7 +264,8 @@ class OnePassTrainingArguments(TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}, expected 0: the Trainer's smoothing shifts the "
                 "labels by one token, and a target need not be the right neighbour of where it is predicted"
             )
-        if "length" in str(getattr(self, "train_sampling_strategy", "")) or getattr(self, "group_by_length", False):
+        sampling = getattr(self, "train_sampling_strategy", None)  # group_by_length in older versions
+        if sampling == "group_by_length" or getattr(self, "group_by_length", False):
             raise ValueError(
                 "train_sampling_strategy must not be group_by_length: a batch is one row, which packing has filled already"
             )

@@ -47,8 +47,8 @@ class Chains:
         """
         end = subtree_end.astype(np.int64)
         place = np.arange(len(end))
-        is_root = np.append(0, np.maximum.accumulate(end)[:-1]) <= place
-        alone = is_root & (end == place + 1)
+        root = is_root(end)
+        alone = root & (end == place + 1)
         follows = np.append(0, end[:-1]) > place  # the left neighbour
         follows[1:] |= alone[1:] & alone[:-1]
         start = np.flatnonzero(~follows)
@@ -60,10 +60,10 @@ class Chains:
         sibling = begins[start]
         is_first = np.zeros(len(end), bool)
         is_first[start] = True
-        open_ = np.flatnonzero(~is_root[start])
+        open_ = np.flatnonzero(~root[start])
         while len(open_ := open_[is_first[sibling[open_]]]):
             sibling[open_] = begins[sibling[open_]]
-        parent = np.where(is_root[start], -1, sibling - 1)
+        parent = np.where(root[start], -1, sibling - 1)
 
         run_start = np.union1d(start, parent[parent >= 0] + 1)
         before = run_start - 1
@@ -100,6 +100,12 @@ class Chains:
         for _ in range(count):
             found.append(np.where(found[-1] < 0, -1, before[found[-1]]))
         return np.stack(found[:0:-1], axis=1) if count else np.empty((len(tokens), 0), np.int64)
+
+
+def is_root(subtree_end: np.ndarray) -> np.ndarray:
+    """bool[L], the tokens that no earlier subtree reaches."""
+    reach = np.maximum.accumulate(subtree_end)
+    return np.append(0, reach[:-1]) <= np.arange(len(subtree_end))
 
 
 def chains(subtree_end: Tensor) -> Chains:

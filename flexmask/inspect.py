@@ -15,6 +15,7 @@ from os import PathLike
 import numpy as np
 import torch
 
+from .chains import is_root
 from .mask import BLOCK_SIZE, block_lists, count_tiles
 from .passes import Pass
 from .tree import TokenTree
@@ -166,7 +167,7 @@ def turn_of(tree: TokenTree) -> np.ndarray:
         supervise anything (1, 2, …), of the first pass that supervises the token.
     """
     turn, seen = np.zeros(len(tree), np.int64), Counter()
-    tree_number = np.cumsum(_is_root(tree.subtree_end))
+    tree_number = np.cumsum(is_root(tree.subtree_end))
     for places in tree.per_pass(_target_places(tree)):
         if len(places):
             number = int(tree_number[places[0]])
@@ -183,13 +184,7 @@ def _paths(subtree_end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     after_leaf = 1 + np.flatnonzero(subtree_end[:-1] == np.arange(1, len(subtree_end)))
     first = np.append(0, after_leaf)
-    return first, _is_root(subtree_end)[first]
-
-
-def _is_root(subtree_end: np.ndarray) -> np.ndarray:
-    """bool[L], the tokens that no earlier subtree reaches."""
-    reach = np.maximum.accumulate(subtree_end)
-    return np.append(0, reach[:-1]) <= np.arange(len(subtree_end))
+    return first, is_root(subtree_end)[first]
 
 
 def _target_places(tree: TokenTree) -> np.ndarray:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..recurrence import tree_conv, tree_scan
+from ..recurrence.chunks import exact
 
 # Types of layers that mix tokens by recurrences or convolutions; "hybrid" ones by attention, too.
 RECURRENT = {"conv", "hybrid", "linear_attention", "mamba"}
@@ -60,7 +61,7 @@ def _delta_rule(
 
 
 def _normalized(x: Tensor) -> Tensor:
-    x = x if x.dtype == torch.float64 else x.float()
+    x = x.to(exact(x))
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
@@ -81,13 +82,13 @@ def _mamba2(
     **kwargs,
 ):
     _refuse_others(kwargs, "initial_states", "return_final_states", "seq_idx", "cu_seqlens", "z")
-    exact = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    dtype = exact(hidden_states)
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
-    dt = (torch.nn.functional.softplus(dt) if dt_softplus else dt).clamp(*dt_limit).to(exact)
-    x = hidden_states.to(exact)
-    out = tree_scan(C, B, x * dt[..., None], A.to(exact) * dt, None, subtree_end)
+    dt = (torch.nn.functional.softplus(dt) if dt_softplus else dt).clamp(*dt_limit).to(dtype)
+    x = hidden_states.to(dtype)
+    out = tree_scan(C, B, x * dt[..., None], A.to(dtype) * dt, None, subtree_end)
     if D is not None:
-        out = out + x * D.to(exact).view(-1, 1)
+        out = out + x * D.to(dtype).view(-1, 1)
     return out.to(hidden_states.dtype)
 
 
@@ -149,7 +150,7 @@ def _modules(model_class: type) -> list[ModuleType]:
 
 def refusal(model_class: type, layer_types: tuple[str, ...]) -> str | None:
     """Why the recurrent layers of a model would be trained wrongly, or None; judged by what the code of its layers calls."""
-    called, without_keywords, without_scan = set(), [], []
+    called, without_keywords = set(), []
     for module in _modules(model_class):
         for cls in vars(module).values():
             if isinstance(cls, type) and issubclass(cls, torch.nn.Module) and cls.__module__ == module.__name__:
@@ -158,8 +159,6 @@ def refusal(model_class: type, layer_types: tuple[str, ...]) -> str | None:
                 kinds = [p.kind for p in inspect.signature(cls.forward).parameters.values()]
                 if names & _OURS.keys() and inspect.Parameter.VAR_KEYWORD not in kinds:
                     without_keywords.append(cls.__name__)
-                if _CONVOLUTION in names and not names & _SCANS:
-                    without_scan.append(cls.__name__)
     kinds = ", ".join(sorted(set(layer_types) & RECURRENT)) or "recurrent"
     if called & _OTHERS:
         return (

@@ -65,16 +65,12 @@ def forward(query, key, value, gate, beta, subtree_end: Tensor, scale: float) ->
     """Arguments and result as of `tree_scan`."""
     plan = once_per_forward(_plan, subtree_end)
     q, k, v, g, b = _inputs(query, key, value, gate, beta, plan)
-    row = {"cu_seqlens": plan.starts, "chunk_indices": plan.chunks}
     if beta is None:
-        g = _summed(g, plan)
-        out, _ = _way("simple_gla", plan).forward(q=q, k=k, v=v, g=g, scale=scale, **row)
+        out, _ = _on_tree("chunk_simple_gla_fwd", plan)(q=q, k=k, v=v, g=_summed(g, plan), scale=scale, **plan.row)
     else:
-        kind = "gated_delta_rule" if gate.ndim == 3 else "kda"
-        found = _way(kind, plan).forward(
-            q=q, k=k, v=v, g=g, beta=b, scale=scale, initial_state=None, output_final_state=False, **row
-        )
-        out = found[1] if gate.ndim == 3 else found[0]
+        name, place = ("chunk_gated_delta_rule_fwd", 1) if gate.ndim == 3 else ("chunk_kda_fwd", 0)
+        options = {"initial_state": None, "output_final_state": False} | plan.row
+        out = _on_tree(name, plan)(q=q, k=k, v=v, g=g, beta=b, scale=scale, **options)[place]
     return plan.back(out, value).to(value.dtype)
 
 
@@ -85,12 +81,11 @@ def backward(
     plan = once_per_forward(_plan, subtree_end)
     q, k, v, g, b = _inputs(query, key, value, gate, beta, plan)
     d_out = plan.in_order(d_out).to(v.dtype)
-    row = {"cu_seqlens": plan.starts, "chunk_indices": plan.chunks}
-    g = _summed(g, plan)
+    row, g = plan.row, _summed(g, plan)
     common = {"q": q, "k": k, "v": v, "g": g, "scale": scale, "initial_state": None, "do": d_out, "dht": None} | row
     d_b = None
     if beta is None:
-        d_q, d_k, d_v, d_g, _ = _way("simple_gla", plan).backward(g_gamma=None, **common)
+        d_q, d_k, d_v, d_g, _ = _on_tree("chunk_simple_gla_bwd", plan)(g_gamma=None, **common)
         d_g = _kernels("simple_gla").chunk_local_cumsum(d_g, chunk_size=CHUNK, reverse=True, **row)
         groups = value.shape[2] // key.shape[2]
         d_q, d_k = (rearrange(x, "b l (h r) k -> b l h r k", r=groups).float().sum(3) for x in (d_q, d_k))
@@ -98,12 +93,12 @@ def backward(
         _, _, a = _kernels("gated_delta_rule").chunk_gated_delta_rule_fwd_intra(
             k=k, v=v, g=g, beta=b, chunk_size=CHUNK, **row
         )
-        d_q, d_k, d_v, d_b, d_g, *_ = _way("gated_delta_rule", plan).backward(beta=b, A=a, **common)
+        d_q, d_k, d_v, d_b, d_g, *_ = _on_tree("chunk_gated_delta_rule_bwd", plan)(beta=b, A=a, **common)
     else:
         *_, a_qk, a_kk = _kernels("kda.chunk_fwd").chunk_kda_fwd_intra(
             q=q, k=k, v=v, gk=g, beta=b, scale=scale, chunk_size=CHUNK, **row
         )
-        d_q, d_k, d_v, d_b, d_g, *_ = _way("kda", plan).backward(beta=b, Aqk=a_qk, Akk=a_kk, **common)
+        d_q, d_k, d_v, d_b, d_g, *_ = _on_tree("chunk_kda_bwd", plan)(beta=b, Aqk=a_qk, Akk=a_kk, **common)
     return tuple(None if x is None else plan.back(x, value) for x in (d_q, d_k, d_v, d_g, d_b))
 
 
@@ -124,8 +119,7 @@ def _inputs(query, key, value, gate, beta, plan: _Plan) -> tuple[Tensor | None, 
 def _summed(gate: Tensor, plan: _Plan) -> Tensor:
     """Gates summed up within chunks, as exponents of 2."""
     kernels = _kernels("gated_delta_rule")
-    row = {"cu_seqlens": plan.starts, "chunk_indices": plan.chunks}
-    return kernels.chunk_local_cumsum(gate, chunk_size=CHUNK, scale=kernels.RCP_LN2, **row)
+    return kernels.chunk_local_cumsum(gate, chunk_size=CHUNK, scale=kernels.RCP_LN2, **plan.row)
 
 
 # ------------------------------------------------------------------------------------------------ states, level by level
@@ -208,44 +202,35 @@ def _kernels(name: str) -> types.ModuleType | None:
         return None
 
 
-# Of each kind fla's forward and backward, and the functions for states that they call, which ours take the place of.
+# Functions of fla, by the module of their kind, and those for states that they call, which ours take the place of.
 _FORWARD_STATES = {"chunk_gated_delta_rule_fwd_h": _fwd_h}
 _STATES = _FORWARD_STATES | {"chunk_gated_delta_rule_bwd_dhu": _bwd_dhu}
 _GLA_FORWARD_STATES = {"chunk_fwd_h": _gla_fwd_h}
 _GLA_STATES = _GLA_FORWARD_STATES | {"chunk_bwd_dh": _gla_bwd_dh}
 _FUNCTIONS = {
-    "gated_delta_rule": {"chunk_gated_delta_rule_fwd": _FORWARD_STATES, "chunk_gated_delta_rule_bwd": _STATES},
-    "kda": {"chunk_kda_fwd": _FORWARD_STATES, "chunk_kda_bwd": _STATES},
-    "simple_gla": {"chunk_simple_gla_fwd": _GLA_FORWARD_STATES, "chunk_simple_gla_bwd": _GLA_STATES},
+    "chunk_gated_delta_rule_fwd": ("gated_delta_rule", _FORWARD_STATES),
+    "chunk_gated_delta_rule_bwd": ("gated_delta_rule", _STATES),
+    "chunk_kda_fwd": ("kda", _FORWARD_STATES),
+    "chunk_kda_bwd": ("kda", _STATES),
+    "chunk_simple_gla_fwd": ("simple_gla", _GLA_FORWARD_STATES),
+    "chunk_simple_gla_bwd": ("simple_gla", _GLA_STATES),
 }
 
 
 def _unknown() -> list[str]:
     """Functions that this version of fla does not have, or that do not call what they should: states would not be ours."""
     found = []
-    for kind, functions in _FUNCTIONS.items():
-        for name, states in functions.items():
-            function = inspect.unwrap(getattr(_kernels(kind), name, None) or (lambda: None))
-            if not states.keys() <= set(function.__code__.co_names) & function.__globals__.keys():
-                found.append(name)
+    for name, (kind, states) in _FUNCTIONS.items():
+        function = inspect.unwrap(getattr(_kernels(kind), name, None) or (lambda: None))
+        if not states.keys() <= set(function.__code__.co_names) & function.__globals__.keys():
+            found.append(name)
     return found
 
 
-@dataclass(frozen=True)
-class _Way:
-    """fla's own forward and backward of one kind of recurrence, states made by ours."""
-
-    forward: Callable
-    backward: Callable
-
-
-def _way(kind: str, plan: _Plan) -> _Way:
-    return _Way(*(_with(getattr(_kernels(kind), name), states, plan) for name, states in _FUNCTIONS[kind].items()))
-
-
-def _with(function: Callable, states: dict[str, Callable], plan: _Plan) -> Callable:
+def _on_tree(name: str, plan: _Plan) -> Callable:
     """A function of fla that finds ours under the names of its functions for states; fla itself stays as it is."""
-    function = inspect.unwrap(function)
+    kind, states = _FUNCTIONS[name]
+    function = inspect.unwrap(getattr(_kernels(kind), name))
     replaced = {name: functools.partial(ours, function.__globals__[name], plan) for name, ours in states.items()}
     copy = types.FunctionType(
         function.__code__,
@@ -290,8 +275,9 @@ class _Level:
 class _Plan:
     order: Tensor  # int64 (tokens,): which token comes where
     inverse: Tensor
-    starts: Tensor  # int32 (runs + 1,)
-    chunks: Tensor  # int32 (chunks, 2): run, and number within it
+    row: dict[
+        str, Tensor
+    ]  # starts of all runs, int32 (runs + 1,), and chunks, int32 (chunks, 2): run, and number within it
     levels: tuple[_Level, ...]
 
     def in_order(self, x: Tensor) -> Tensor:
@@ -330,5 +316,4 @@ def _plan(subtree_end: Tensor) -> _Plan:
         tokens = slice(int(starts[begin]), int(starts[begin + number]))
         above = int(count[level - 1]) if level else 0
         levels.append(_Level(tokens, int(number), packed(length[of_level]), parents, above))
-    whole = packed(length)
-    return _Plan(tensor(order), tensor(np.argsort(order)), whole["cu_seqlens"], whole["chunk_indices"], tuple(levels))
+    return _Plan(tensor(order), tensor(np.argsort(order)), packed(length), tuple(levels))

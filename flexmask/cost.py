@@ -92,9 +92,9 @@ def cost(tree: TokenTree, config: PreTrainedConfig) -> CostComparison:
 
     A multiplication and an addition are two operations. Linear layers and activations are counted on the model itself,
     built from the configuration without memory for weights; recurrences by chunks (`flexmask.recurrence`), as if every one were
-    full; attention as 2 · (head_dim + value_dim) for each pair of each
-    visited tile and head (FlashAttention-2, arXiv 2307.08691, section 4), with the sliding windows of the layers that have
-    them. The backward is twice the forward, 2.5 times in attention. Norms, activation functions and the optimiser are not
+    full; attention as 2 · (head_dim + value_dim) for each pair of each visited tile and head (FlashAttention-2, arXiv
+    2307.08691, section 4), with the sliding windows of the layers that have them (Llama 4's chunks count as windows of their
+    size). The backward is twice the forward, 2.5 times in attention. Norms, activation functions and the optimiser are not
     counted. N passes one after the other keep the activations of one pass at a time: of the longest.
 
     Args:

@@ -26,12 +26,11 @@ from . import mixers
 NAME = "flexmask"
 
 # Types of layers that mix tokens only through the attention function, or not at all.
-_LAYERS = {"full_attention", "sliding_attention", "mlp", "moe"}
+_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
 # Families that no rule below catches and that a tree still would train wrongly, found by running all of them.
 _REFUSED = {
     "doge": "its attention layers add scores of their own to the mask",
     "kosmos_2_5_text_model": "it counts positions from its padding token on",
-    "llama4_text": "its attention temperature counts places in the row, not positions in the pass",
     "moshi": "in some versions of transformers its attention layers do not receive subtree_end",
     "nemotron": "its attention layers do not receive subtree_end",
 }
@@ -51,23 +50,26 @@ class DeferredMask:
     def dense(self) -> Tensor | None:
         return sdpa_mask(**self.arguments)
 
-    def window(self) -> int | None:
-        """The sliding window, None for a plain causal mask. Layers need not be told of it otherwise.
+    def reach(self) -> tuple[int | None, int | None]:
+        """The sliding window, and the size of the chunks beyond which attention does not reach; both None for a plain causal
+        mask. Layers need not be told of it otherwise.
 
         Raises:
             NotImplementedError: a mask of another kind.
         """
-        window = self.arguments.get("local_size")
+        config, size = self.arguments["config"], self.arguments.get("local_size")
         kind = None
         if "allow_is_bidirectional_skip" in self.arguments:
             kind = "sees tokens in both directions"
         elif self.arguments.get("use_vmap"):
             kind = "has exceptions of its own (for images, say)"
-        elif window is not None and window != getattr(self.arguments["config"], "sliding_window", None):
-            kind = f"is cut into chunks of {window}"
         if kind:
-            raise _refuse(self.arguments["config"], f"its attention mask {kind}")
-        return window
+            raise _refuse(config, f"its attention mask {kind}")
+        if size is None or size == getattr(config, "sliding_window", None):
+            return size, None
+        if size == getattr(config, "attention_chunk_size", None):
+            return None, size
+        raise _refuse(config, f"its attention mask reaches {size} tokens, which is neither its window nor its chunk")
 
 
 def _mask_function(**arguments) -> Tensor | DeferredMask | None:
@@ -96,17 +98,17 @@ def _attention_function(
             "the batch has target_weight, which the model's own loss would ignore; use flexmask.tree_loss(model, batch), "
             "or flexmask.train.OnePassTrainer"
         )
-    window = _check_layer(module, attention_mask, dropout, subtree_end, kwargs)
+    window, positions = _check_layer(module, attention_mask, dropout, subtree_end, kwargs)
     mixers.note()
     out = tree_attention(
-        query,
+        _at_temperature(module, query, subtree_end),
         key,
         value,
         subtree_end,
         scale=scaling,
         softcap=kwargs.get("softcap"),
         sliding_window=window,
-        position_ids=None if window is None else kwargs["position_ids"],
+        position_ids=positions,
         sinks=kwargs.get("s_aux"),
     )
     return out.transpose(1, 2).contiguous(), None
@@ -125,8 +127,34 @@ def _plain_attention(module, query, key, value, mask: Tensor | None, **kwargs):
     return eager(module, query, key, value, mask, **kwargs)[0], None
 
 
-def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict) -> int | None:
-    """Refuse a layer that is called with what a tree cannot have. Returns its sliding window, if it has one."""
+def _at_temperature(module, query: Tensor, subtree_end: Tensor) -> Tensor:
+    """Queries of Llama 4's layers without rotary embeddings, which it scales by their places in the row, scaled by their
+    positions in the pass instead (arXiv 2501.19399)."""
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return query
+
+    def scale(positions: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((positions.float() + 1) / module.floor_scale)) * module.attn_scale + 1
+
+    places = torch.arange(query.shape[2], device=query.device)
+    factor = scale(once_per_forward(_depths, subtree_end)) / scale(places)
+    return (query * factor[:, None, :, None]).to(query.dtype)
+
+
+def _depths(subtree_end: Tensor) -> Tensor:
+    """int64 (batch, L), the positions: a token is preceded by its ancestors, and by subtrees that have ended."""
+    ended = torch.zeros(len(subtree_end), subtree_end.shape[1] + 1, dtype=torch.int64, device=subtree_end.device)
+    ended = ended.scatter_add_(1, subtree_end.long(), torch.ones_like(subtree_end, dtype=torch.int64)).cumsum(1)
+    return torch.arange(subtree_end.shape[1], device=subtree_end.device) - ended[:, :-1]
+
+
+def _chunk_beginnings(subtree_end: Tensor, *, size: int) -> Tensor:
+    return _depths(subtree_end) // size * size
+
+
+def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict) -> tuple[int | None, Tensor | None]:
+    """Refuse a layer that is called with what a tree cannot have. Returns its sliding window and the positions it counts in,
+    if it has one."""
     config = module.config
     if not torch.compiler.is_compiling():
         check_config(config)
@@ -145,7 +173,7 @@ def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict
         raise _refuse(config, f"{layer} is not causal")
     if kwargs.get("position_bias") is not None:
         raise _refuse(config, f"{layer} adds a bias to the attention scores")
-    window = mask.window() if mask is not None else None
+    window, chunk = mask.reach() if mask is not None else (None, None)
     if kwargs.get("sliding_window") not in (None, window):
         raise _refuse(config, f"{layer} has a window of {kwargs['sliding_window']}, and its attention mask {window}")
 
@@ -160,7 +188,10 @@ def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict
                 f"a pass has {longest} tokens, and beyond {limit} the rotary embedding of a token depends on the length "
                 "of its whole pass, of which a tree holds many; leave out longer passes (max_length)",
             )
-    return window
+    if chunk is not None:
+        # The beginnings of their chunks are less than a chunk apart where they are equal.
+        return chunk, once_per_forward(_chunk_beginnings, subtree_end, size=chunk)
+    return window, None if window is None else kwargs["position_ids"]
 
 
 def _rotary_limit(config) -> int | None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from common import DEVICE, Benchmark
 from methods import labelled
+from training import build
 from transformers import Trainer, set_seed
 
 from flexmask import OnePassCollator, Pass, TokenTree
@@ -30,7 +31,7 @@ def fill(bench: Benchmark) -> None:
     settings = bench.settings
     conversations = load_data(settings.dataset)
     held_out, conversations = conversations[: settings.held_out], conversations[settings.held_out :]
-    _, tokenizer = load_model(ModelArguments(settings.model), conversations)
+    _, tokenizer = load(settings, conversations)
     trees = build_trees(conversations[: settings.steps * settings.conversations], tokenizer).trees
     batches = [trees[i : i + settings.conversations] for i in range(0, len(trees), settings.conversations)]
     problems = [tree.passes() for tree in build_trees(held_out, tokenizer).trees]
@@ -39,7 +40,7 @@ def fill(bench: Benchmark) -> None:
     losses = bench.more["losses"] = {}
     for method, make_trainer in (("one-pass", one_pass_trainer), ("N-pass", n_pass_trainer)):
         set_seed(0)
-        model, _ = load_model(ModelArguments(settings.model), conversations)
+        model, _ = load(settings, conversations)
         losses[method], seconds = train(make_trainer, model, batches, tokenizer, settings)
         answers[method], right = answer(model, tokenizer, problems, settings)
         bench.add(
@@ -55,6 +56,14 @@ def fill(bench: Benchmark) -> None:
     ours, theirs = (np.array(losses[method]) for method in ("one-pass", "N-pass"))
     bench.more["largest_difference"] = float(np.abs(ours - theirs).max())
     bench.more["same_texts"] = sum(a == b for a, b in zip(answers["one-pass"], answers["N-pass"]))
+
+
+def load(settings, conversations):
+    """The model and its tokenizer; with a `shape`, a model of that shape with random weights in its place."""
+    model, tokenizer = load_model(ModelArguments(settings.model), conversations)
+    if shape := getattr(settings, "shape", None):
+        model = build(shape, vocabulary=len(tokenizer))
+    return model, tokenizer
 
 
 def train(make_trainer, model, batches, tokenizer, settings) -> tuple[list[float], float]:

@@ -27,12 +27,11 @@ from common import (
     peak_memory,
     repeat_heads,
 )
-from methods import GROUPED
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexmask import TokenTree, tree_attention
+from flexmask.backends import flash
 from flexmask.mask import BLOCK_SIZE, block_lists, count_tiles, mask_mod, tree_block_mask
 
 BY_HAND = "FlexAttention, create_block_mask"
@@ -62,7 +61,8 @@ class Tree:
         self.backend = backend
 
     def mask(self, ends):
-        return block_lists(ends) if self.backend != "blockwise" else None
+        made = {"flash": lambda: flash.sequences(ends, sliding_window=None), "blockwise": lambda: None}
+        return made.get(self.backend, lambda: block_lists(ends))()
 
     def attend(self, q, k, v, ends, mask):
         return tree_attention(q, k, v, ends, backend=self.backend)
@@ -97,53 +97,6 @@ class Dense:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-class Chains:
-    """FlashAttention without a mask: each chain of the row (a stretch in which every token is the child of the one before it)
-    is one sequence of queries against the keys of its ancestors and its own, gathered; the kernel aligns them at the end."""
-
-    def mask(self, ends):
-        """Of every key read its place, where queries and keys of the chains begin, and the longest of each. And, for the
-        gradients: in round r the gathered places that hold some key for the r-th time, and those keys."""
-        end = ends[0].cpu().numpy()
-        starts = np.flatnonzero(np.r_[True, end[:-1] <= np.arange(1, len(end))])
-        stops = np.r_[starts[1:], len(end)]
-        keys = [np.r_[np.flatnonzero(end[:a] > a), a:b] for a, b in zip(starts, stops)]
-        read, lengths = np.concatenate(keys), np.array([len(of) for of in keys])
-        order = np.argsort(read, kind="stable")
-        times = np.empty_like(read)
-        times[order] = np.arange(len(read)) - np.searchsorted(read[order], read[order])
-        rounds = [np.flatnonzero(times == r) for r in range(times.max() + 1)]
-        sizes = (np.cumsum(np.r_[0, of]).astype(np.int32) for of in (stops - starts, lengths))
-        tensors = [torch.from_numpy(x).to(ends.device) for x in (read, *sizes)]
-        return (
-            *tensors,
-            (int((stops - starts).max()), int(lengths.max())),
-            [tuple(torch.from_numpy(x).to(ends.device) for x in (at, read[at])) for at in rounds],
-        )
-
-    def attend(self, q, k, v, ends, mask):
-        read, *starts, longest, rounds = mask
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        k, v = (_Gather.apply(x, read, rounds) for x in (k, v))
-        return varlen_attn(q, k, v, *starts, *longest, window_size=(-1, 0), **GROUPED).transpose(0, 1)[None]
-
-
-class _Gather(torch.autograd.Function):
-    """x[read]; its gradient is summed in float32 and in a fixed order."""
-
-    @staticmethod
-    def forward(ctx, x, read, rounds):
-        ctx.rounds, ctx.length = rounds, len(x)
-        return x[read]
-
-    @staticmethod
-    def backward(ctx, grad):
-        total = grad.new_zeros(ctx.length, *grad.shape[1:], dtype=torch.float32)
-        for at, keys in ctx.rounds:
-            total[keys] += grad[at]
-        return total.to(grad.dtype), None, None
-
-
 class PlainCausal:
     """SDPA on one plain sequence, with its flash kernel where the dtype has one: the ceiling of what PyTorch ships."""
 
@@ -165,12 +118,10 @@ def contenders(device: str) -> list[dict[str, Callable]]:
     dense, plain = {"SDPA, dense mask": Dense}, {PLAIN: lambda dtype: PlainCausal()}
     flex, by_hand = {"flex": lambda dtype: Tree("flex")}, {BY_HAND: lambda dtype: Flex(mask_by_hand)}
     if device == "cpu":
-        return [{"blockwise": lambda dtype: Tree("blockwise")} | dense | plain | flex | by_hand]
+        ours = {name: lambda dtype, name=name: Tree(name) for name in ("flash", "blockwise")}
+        return [ours | dense | plain | flex | by_hand]
     return [
-        {"FlashAttention, by chains": lambda dtype: Chains(), "triton": lambda dtype: Tree("triton")}
-        | flex
-        | plain
-        | dense,
+        {name: lambda dtype, name=name: Tree(name) for name in ("flash", "triton")} | flex | plain | dense,
         {"FlexAttention, our BlockMask, static": lambda dtype: Flex(tree_block_mask)}
         | by_hand
         | {

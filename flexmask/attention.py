@@ -11,12 +11,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .backends import blockwise, flex, triton
+from .backends import blockwise, flash, flex, triton
 from .mask import check_dtype, check_subtree_end, once_per_forward
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"flex": flex.attention, "triton": triton.attention, "blockwise": blockwise.attention}
+BACKENDS = {
+    "flex": flex.attention,
+    "flash": flash.attention,
+    "triton": triton.attention,
+    "blockwise": blockwise.attention,
+}
 
 
 def tree_attention(
@@ -44,10 +49,10 @@ def tree_attention(
         sliding_window: a query sees ancestors fewer than this many positions before it; needs `position_ids`.
         position_ids: integer (batch, L), or (1, L) for all, the logical position of each token.
         sinks: (heads,), per head a score that takes part in the softmax and has no value (gpt-oss).
-        backend: "flex" (CUDA; CPU without gradients), "triton" (CUDA, our own kernels), "blockwise" (any device), or
-            "auto": the one that `set_backend` or the environment variable FLEXMASK_BACKEND names, else the fastest that
-            can do this call and be compiled here, forward and backward. What cannot be compiled is logged once, with
-            the reason.
+        backend: "flex" (CUDA; CPU without gradients), "triton" (CUDA, our own kernels), "flash" (PyTorch's own kernels; CUDA
+            in 16 bits, and CPU), "blockwise" (any device), or "auto": the one that `set_backend` or the environment variable
+            FLEXMASK_BACKEND names, else the fastest that can do this call and be compiled here, forward and backward. What
+            cannot be compiled is logged once, with the reason.
 
     Returns:
         (batch, heads, L, value_dim) in the dtype of `query`, or of autocast where that is on.
@@ -75,7 +80,7 @@ def tree_attention(
         return BACKENDS[backend](query, key, value, subtree_end, **arguments)
     for name in _preferred(query, value):
         try:
-            if name != "blockwise":  # which needs no compiler
+            if name in _COMPILED:
                 _probe_backward(name, query, key, value, subtree_end, arguments)
             return BACKENDS[name](query, key, value, subtree_end, **arguments)
         except NotImplementedError:
@@ -121,19 +126,27 @@ def using_backend(backend: str) -> Iterator[None]:
 
 set_backend(os.environ.get("FLEXMASK_BACKEND", "auto"))
 
-# The Triton kernels go before "flex" where a GPU has shown them exact and faster (`faster_than_flex_on`).
-_ON_CUDA = ("flex", "triton", "blockwise")
-_ELSEWHERE = ("blockwise",)
+# In the order in which they are tried.
+_ON_CUDA = ("flex", "triton", "flash", "blockwise")
+_ELSEWHERE = ("flash", "blockwise")
+# (compute capability, bytes of the dtype, head sizes up to) -> what goes before "flex": a GPU has shown it exact, and faster
+# forward and backward together in every row of benchmarks/attention.py that it ran.
+_FASTER_THAN_FLEX = {
+    ((9, 0), 2, 128): "triton",  # NVIDIA H200, results/attention_gpu.json and attention_gpu_more.json
+}
+_COMPILED = ("flex", "triton")
 _broken: dict[str, str] = {}  # backends that could not be compiled under "auto", and why
 _probed: dict[tuple, dict[int, NotImplementedError | None]] = {}  # kind of call -> length -> what came of it
 
 
 def _preferred(query: Tensor, value: Tensor) -> list[str]:
     """Backends to try, best first."""
-    names = [name for name in (_ON_CUDA if query.is_cuda else _ELSEWHERE) if name not in _broken]
-    if "triton" in names and triton.is_measured_faster(query, value):
-        names.sort(key=lambda name: name != "triton")
-    return names
+    if not query.is_cuda:
+        return [name for name in _ELSEWHERE if name not in _broken]
+    here = (torch.cuda.get_device_capability(query.device), query.dtype.itemsize)
+    size = max(query.shape[-1], value.shape[-1])
+    first = [name for (*kind, largest), name in _FASTER_THAN_FLEX.items() if tuple(kind) == here and size <= largest]
+    return [name for name in dict.fromkeys((*first, *_ON_CUDA)) if name not in _broken]
 
 
 def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) -> None:

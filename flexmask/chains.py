@@ -31,6 +31,7 @@ class Chains:
         run_start: int64[R], the first token of each run, ascending.
         run_parent: int64[R], the run that it continues; -1 for a root.
         run_level: int64[R], how many runs lead to it: 0 for a root.
+        alone: int64, the trees of one token, padding above all.
     """
 
     length: int
@@ -39,6 +40,7 @@ class Chains:
     run_start: np.ndarray
     run_parent: np.ndarray
     run_level: np.ndarray
+    alone: np.ndarray
 
     @classmethod
     def of(cls, subtree_end: np.ndarray) -> Chains:
@@ -72,7 +74,7 @@ class Chains:
         level = []
         for above in run_parent.tolist():
             level.append(level[above] + 1 if above >= 0 else 0)
-        return cls(len(end), start, parent, run_start, run_parent, np.array(level, np.int64))
+        return cls(len(end), start, parent, run_start, run_parent, np.array(level, np.int64), np.flatnonzero(alone))
 
     @property
     def stop(self) -> np.ndarray:
@@ -83,6 +85,14 @@ class Chains:
     def run_stop(self) -> np.ndarray:
         """int64[R]: one past the last token of each run."""
         return np.append(self.run_start[1:], self.length)
+
+    def paths(self) -> list[tuple[tuple[int, int], ...]]:
+        """The ancestors of the first token of each chain, as ranges of places [a, b), the root first."""
+        found: list[tuple[tuple[int, int], ...]] = []
+        chain_of = np.searchsorted(self.start, self.parent, side="right") - 1
+        for parent, above in zip(self.parent.tolist(), chain_of.tolist(), strict=True):
+            found.append((*found[above], (int(self.start[above]), parent + 1)) if parent >= 0 else ())
+        return found
 
     def ancestors(self, tokens: np.ndarray, count: int) -> np.ndarray:
         """The `count` nearest ancestors of each token, the farthest first; -1 where there are no more.

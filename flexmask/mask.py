@@ -24,6 +24,20 @@ from transformers.utils.import_utils import is_tracing
 BLOCK_SIZE = 128
 
 
+def depths(subtree_end: Tensor) -> Tensor:
+    """How many ancestors each token has, which is its position: before it lie they, and subtrees that have ended.
+
+    Args:
+        subtree_end: int32 (batch, L).
+
+    Returns:
+        int64 (batch, L).
+    """
+    ended = torch.zeros(len(subtree_end), subtree_end.shape[1] + 1, dtype=torch.int64, device=subtree_end.device)
+    ended = ended.scatter_add_(1, subtree_end.long(), torch.ones_like(subtree_end, dtype=torch.int64)).cumsum(1)
+    return torch.arange(subtree_end.shape[1], device=subtree_end.device) - ended[:, :-1]
+
+
 @dataclass(frozen=True)
 class BlockLists:
     """For each query block the key blocks to read, and the transpose; n = ceil(L / block_size) blocks.

@@ -31,18 +31,11 @@ DELTA = Config(32, 1, 4, 1)  # no keys; 32 rows, so that head size 256 fits into
 
 @dataclass(frozen=True)
 class Configs:
-    """The configurations of the three kernels.
-
-    Attributes:
-        faster_than_flex_on: the GPU on which they were measured faster than FlexAttention, forward and backward together, on
-            every row of the benchmark; None if they were not, or nobody has measured. It makes them the default where their
-            row applies.
-    """
+    """The configurations of the three kernels."""
 
     forward: Config
     dkv: Config
     dq: Config
-    faster_than_flex_on: str | None = None
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -88,8 +81,8 @@ TABLE = {
     # 9.0: 227 KiB. wgmma wants 64 lines per warp group, so 128 with 8 warps; dK/dV of 64 x 128 spills 64 bytes at head
     # size 128, and half of its queries would halve the width of its products.
     (90, False): {
-        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), "NVIDIA H200"),
-        128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), "NVIDIA H200"),
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
         256: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(128, 32, 8, 3)),
     },
     # 10.x, 11.0: 227 KiB, and 512 columns of tensor memory, where tcgen05 accumulates; what is done to scores passes

@@ -347,7 +347,7 @@ def test_what_auto_means_can_be_set(preferred, monkeypatch):
     flexmask.set_backend("auto")
     tree_attention(q, k, v, ends)
     assert calls
-    with pytest.raises(ValueError, match="backend is 'fast', expected one of auto, flex, triton, blockwise"):
+    with pytest.raises(ValueError, match="backend is 'fast', expected one of auto, flex, flash, triton, blockwise"):
         flexmask.set_backend("fast")
     code = "import flexmask.attention as a; print(a._override)"
     environment = os.environ | {"FLEXMASK_BACKEND": "triton"}

@@ -332,18 +332,6 @@ def test_auto_goes_from_flex_to_triton(fault, where, monkeypatch, caplog):
     )
 
 
-def test_auto_takes_triton_where_it_was_measured_faster(monkeypatch):
-    row = configs((9, 0), 16, torch.float32)
-    monkeypatch.setattr(flexmask.attention, "_ELSEWHERE", flexmask.attention._ON_CUDA)
-    x = torch.zeros(1, 1, 1, 16)
-    assert flexmask.attention._preferred(x, x) == ["flex", "triton", "blockwise"]
-    monkeypatch.setattr(kernels, "configs", lambda *_: dataclasses.replace(row, faster_than_flex_on="some GPU"))
-    assert flexmask.attention._preferred(x, x) == ["triton", "flex", "blockwise"]
-    assert flexmask.attention._preferred(x.double(), x.double())[0] == "triton", (
-        "which refuses it, and the next is asked"
-    )
-
-
 def test_float32_products_are_exact_unless_tf32_is_asked_for(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     assert kernels._precision() == "bf16x6"

@@ -193,9 +193,8 @@ def _forward(
 def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = query.shape
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(batch, heads, length, value.shape[-1]), query.new_empty(
-        batch, heads, length, dtype=lse_dtype
-    )
+    out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)  # models want it so
+    return out, query.new_empty(batch, heads, length, dtype=lse_dtype)
 
 
 @_forward.register_fake

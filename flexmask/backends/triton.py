@@ -8,16 +8,6 @@ from torch import Tensor
 from ..mask import block_lists, once_per_forward
 
 
-def is_measured_faster(query: Tensor, value: Tensor) -> bool:
-    """Whether a GPU of this kind has shown these kernels faster than FlexAttention, for these head sizes and dtype."""
-    try:
-        from flexmask_kernels.attention import pinned_configs
-
-        return pinned_configs(query, value).faster_than_flex_on is not None
-    except (ModuleNotFoundError, NotImplementedError):
-        return False
-
-
 def attention(
     query: Tensor,
     key: Tensor,

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.import_utils import is_tracing
 
 from ..attention import tree_attention
-from ..mask import once_per_forward
+from ..mask import depths, once_per_forward
 from . import mixers
 
 NAME = "flexmask"
@@ -137,19 +137,12 @@ def _at_temperature(module, query: Tensor, subtree_end: Tensor) -> Tensor:
         return torch.log1p(torch.floor((positions.float() + 1) / module.floor_scale)) * module.attn_scale + 1
 
     places = torch.arange(query.shape[2], device=query.device)
-    factor = scale(once_per_forward(_depths, subtree_end)) / scale(places)
+    factor = scale(once_per_forward(depths, subtree_end)) / scale(places)
     return (query * factor[:, None, :, None]).to(query.dtype)
 
 
-def _depths(subtree_end: Tensor) -> Tensor:
-    """int64 (batch, L), the positions: a token is preceded by its ancestors, and by subtrees that have ended."""
-    ended = torch.zeros(len(subtree_end), subtree_end.shape[1] + 1, dtype=torch.int64, device=subtree_end.device)
-    ended = ended.scatter_add_(1, subtree_end.long(), torch.ones_like(subtree_end, dtype=torch.int64)).cumsum(1)
-    return torch.arange(subtree_end.shape[1], device=subtree_end.device) - ended[:, :-1]
-
-
 def _chunk_beginnings(subtree_end: Tensor, *, size: int) -> Tensor:
-    return _depths(subtree_end) // size * size
+    return depths(subtree_end) // size * size
 
 
 def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict) -> tuple[int | None, Tensor | None]:

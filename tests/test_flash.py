@@ -97,7 +97,7 @@ def test_flash_is_dense_attention(kernel, seed, length, batch, kv_heads, value_d
     shapes = {"batch": batch, "kv_heads": kv_heads, "value_dim": value_dim, "dtype": torch.float32}
     *inputs, _, ends, positions, visible = problem(seed, length, **shapes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flash, "_WINDOW_BLOCK", 5)
+        patch.setattr(flash, "_BLOCK", 5)
         options = {"sliding_window": window, "position_ids": positions, "scale": scale}
         found = tree_attention(*inputs, ends, backend="flash", **options)
         found_gradients = gradients(found, inputs)

@@ -29,8 +29,9 @@ from ..mask import depths, once_per_forward
 
 MAX_HEAD_DIM = 256  # of FlashAttention 2
 _MULTIPLE = 8  # of which FlashAttention takes head sizes
-# Queries of a window that are computed at once on a CPU. More of them means fewer calls and a larger masked edge.
-_WINDOW_BLOCK = 256
+# Queries that are computed at once on a CPU, of groups and of windows. More of them means fewer calls, and more of their work
+# in causal and masked pieces, which are slower than whole ones.
+_BLOCK = 256
 
 
 def attention(
@@ -294,26 +295,28 @@ def _window_of(window: int | None) -> dict[str, int]:
 
 
 class _Cpu:
-    """The operator below PyTorch's attention on a CPU, piece by piece: ancestors, which are seen as a whole, and the chain
-    itself, causally. It knows no window; there an edge is masked.
+    """The operator below PyTorch's attention on a CPU, piece by piece: queries' own places, causally, and what lies before
+    them, as a whole. It knows no window; there an edge is masked.
 
     The pieces of the forward are put together by their log-sum-exps; a backward that is given the output and log-sum-exp
     of the whole gives the gradients of the whole. 16 bits are forward only: the backward is computed in float32.
+
+    The operator knows no groups either. Queries of a group lie below each other as one head where all of them see all keys,
+    and each beside the same keys, without a copy of them, elsewhere.
     """
 
     @staticmethod
     def forward(q, k, v, subtree_end: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
         out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
-        groups = k.shape[1]
-        for queries, pieces in _pieces(once_per_forward(_chains, subtree_end, sliding_window=window), window):
-            merged, norm = None, None
+        together = _together(q, k)
+        for queries, pieces in _pieces(once_per_forward(_chains, subtree_end, sliding_window=window), window, together):
+            of_block, merged, norm = _grouped(q[queries], k), None, None
             for keys, options in pieces:
+                heads = _Heads.of(of_block, together and options is _whole)
                 part, part_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    _grouped(q[queries], groups),
-                    *(_spread(_gather(x, keys), q) for x in (k, v)),
-                    **options(q),
-                    scale=scale,
+                    heads.queries(of_block), *(heads.keys(_gather(x, keys)) for x in (k, v)), **options(q), scale=scale
                 )
+                part, part_norm = heads.back(part), part_norm.view(of_block.shape[:3])
                 if merged is None:
                     merged, norm = part, part_norm
                     continue
@@ -327,19 +330,53 @@ class _Cpu:
     @staticmethod
     def backward(do, q, k, v, out, lse, subtree_end: Tensor, scale: float, window: int | None) -> tuple[Tensor, ...]:
         dq, dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
-        groups = k.shape[1]
-        for queries, pieces in _pieces(once_per_forward(_chains, subtree_end, sliding_window=window), window):
-            of_queries = [_grouped(x[queries].float(), groups) for x in (do, q, out)]
-            norm = rearrange(lse[:, queries], "(g r) n -> g r n", g=groups)
+        k, v = k.float(), v.float()  # once, and not for every piece
+        together = _together(q, k)
+        for queries, pieces in _pieces(once_per_forward(_chains, subtree_end, sliding_window=window), window, together):
+            of_block = [_grouped(x[queries].float(), k) for x in (do, q, out)]
+            norm = lse[:, queries].contiguous()
             for keys, options in pieces:
+                heads = _Heads.of(of_block[0], together and options is _whole)
+                of_queries = [heads.queries(x) for x in of_block]
                 found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    *of_queries[:2], *(_spread(_gather(x, keys).float(), q) for x in (k, v)), of_queries[2], norm,
-                    0.0, **options(dq), scale=scale,
+                    *of_queries[:2], *(heads.keys(_gather(x, keys)) for x in (k, v)), of_queries[2],
+                    norm.view(of_queries[0].shape[:3]), 0.0, **options(dq), scale=scale,
                 )  # fmt: skip
-                dq[queries] += rearrange(found[0], "g r n d -> n (g r) d")
+                dq[queries] += rearrange(heads.back(found[0]), "g r n d -> n (g r) d")
                 for total, x in zip((dk, dv), found[1:], strict=True):
                     _add(total, keys, rearrange(x.sum(1), "g m d -> m g d"))
         return dq, dk, dv
+
+
+def _together(q: Tensor, k: Tensor) -> bool:
+    """Whether to compute the heads of a group as one: larger products, but the operator's backward gives a thread a head."""
+    return q.shape[1] > k.shape[1] >= torch.get_num_threads()
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """How (groups, heads of each, n, D) queries and (m, groups, D) keys are shown to the operator."""
+
+    each: int
+    together: bool
+
+    @classmethod
+    def of(cls, grouped: Tensor, together: bool) -> _Heads:
+        return cls(grouped.shape[1], together)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return rearrange(x, "g r n d -> g 1 (r n) d") if self.together else x
+
+    def back(self, x: Tensor) -> Tensor:
+        return rearrange(x, "g 1 (r n) d -> g r n d", r=self.each) if self.together else x
+
+    def keys(self, x: Tensor) -> Tensor:
+        x = rearrange(x, "m g d -> g 1 m d")
+        return x if self.together else x.expand(-1, self.each, -1, -1)
+
+
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
+    return rearrange(x, "n (g r) d -> g r n d", g=k.shape[1]).contiguous()
 
 
 def _gather(x: Tensor, ranges: Ranges) -> Tensor:
@@ -352,20 +389,14 @@ def _add(total: Tensor, ranges: Ranges, addend: Tensor) -> None:
         total[a:b] += piece
 
 
-def _grouped(x: Tensor, groups: int) -> Tensor:
-    return rearrange(x, "n (g r) d -> g r n d", g=groups)
-
-
-def _spread(x: Tensor, q: Tensor) -> Tensor:
-    """Keys (m, groups, D) beside `_grouped` queries, without a copy."""
-    return rearrange(x, "m g d -> g 1 m d").expand(-1, q.shape[1] // x.shape[1], -1, -1)
-
-
-def _pieces(row: list[_Chain], window: int | None) -> Iterator[tuple[slice, list[tuple[Ranges, Callable]]]]:
+def _pieces(
+    row: list[_Chain], window: int | None, together: bool
+) -> Iterator[tuple[slice, list[tuple[Ranges, Callable]]]]:
     """Queries, and the keys they see piece by piece, with what the kernel is told of each."""
     for chain in row:
         n, m = chain.stop - chain.start, sum(b - a for a, b in chain.keys)
-        step = n if window is None else max(1, min(_WINDOW_BLOCK, window - 1))
+        step = _BLOCK if together else n
+        step = step if window is None else max(1, min(_BLOCK, window - 1))
         for first in range(0, n, step):
             last = min(first + step, n)
             a, b = first + m - n, last + m - n  # their own keys, among those of the chain

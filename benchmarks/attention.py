@@ -32,7 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexmask import TokenTree, tree_attention
 from flexmask.backends import flash
-from flexmask.mask import BLOCK_SIZE, block_lists, count_tiles, mask_mod, tree_block_mask
+from flexmask.mask import BLOCK_SIZE, block_lists, count_tiles, mask_mod, tile_lists, tree_block_mask
 
 BY_HAND = "FlexAttention, create_block_mask"
 # Without this a symbolic length makes FlexAttention's backward refuse retain_graph, by which it is timed alone.
@@ -61,8 +61,12 @@ class Tree:
         self.backend = backend
 
     def mask(self, ends):
-        made = {"flash": lambda: flash.sequences(ends, sliding_window=None), "blockwise": lambda: None}
-        return made.get(self.backend, lambda: block_lists(ends))()
+        makes = {
+            "flash": lambda ends: flash.sequences(ends, sliding_window=None),
+            "triton": tile_lists,
+            "flex": block_lists,
+        }
+        return makes[self.backend](ends) if self.backend in makes else None
 
     def attend(self, q, k, v, ends, mask):
         return tree_attention(q, k, v, ends, backend=self.backend)

@@ -7,7 +7,8 @@ left of query block Q (first token q0, last token q1):
     full     min(subtree_end[K]) >  q1         every key reaches the last query, so also every earlier one
     partial  otherwise, and every tile on the diagonal
 
-which is exact, from two numbers per key block.
+which is exact, from two numbers per key block. So what a key block reaches, and what of it is full, are ranges of query
+blocks: listing the tiles takes memory for those that hold something, and not for all.
 """
 
 from __future__ import annotations
@@ -131,6 +132,63 @@ def block_lists(
     return BlockLists(*_ordered(partial), *_ordered(full), *_ordered(partial.mT), *_ordered(full.mT))
 
 
+@dataclass(frozen=True)
+class TileLists:
+    """The same in memory for the tiles that there are: lines one after the other, n of them for each row of the batch.
+
+    All are int32: line i of a list has the entries `*_begin[i]` to `*_begin[i + 1]` of `*_indices`. `*_begin` (batch · n + 1,);
+    what else is in `*_indices` is of no meaning, but there is always one entry more to read. `kv_*` lists key blocks per query
+    block, `q_*` query blocks per key block, ascending; `full_*` tiles need no mask.
+    """
+
+    kv_begin: Tensor
+    kv_indices: Tensor
+    full_kv_begin: Tensor
+    full_kv_indices: Tensor
+    q_begin: Tensor
+    q_indices: Tensor
+    full_q_begin: Tensor
+    full_q_indices: Tensor
+
+
+def tile_lists(
+    subtree_end: Tensor, *, position_ids: Tensor | None = None, sliding_window: int | None = None
+) -> TileLists:
+    """The tiles that hold visible pairs, for kernels that do not ask for more. Arguments as in `block_lists`."""
+    return TileLists(*_tile_lists(subtree_end, position_ids, sliding_window))
+
+
+@torch.library.custom_op("flexmask::tile_lists", mutates_args=())
+def _tile_lists(subtree_end: Tensor, position_ids: Tensor | None, sliding_window: int | None) -> list[Tensor]:
+    blocks = _Blocks.of(subtree_end, position_ids, BLOCK_SIZE)
+    capturing = subtree_end.is_cuda and torch.cuda.is_current_stream_capturing()
+    row, query, key = blocks.all_pairs() if capturing else blocks.pairs()
+    visible, full = blocks.kinds(row, query, key, sliding_window)
+    partial = visible & ~full
+    n = len(blocks.first)
+    total = n * len(subtree_end)
+    found = []
+    for line, other in ((query, key), (key, query)):
+        for chosen in (partial, full):
+            # The pairs come by key blocks, and of each the query blocks ascend; what is not chosen goes behind all lines.
+            lines, order = torch.where(chosen, row * n + line, total).sort(stable=True)
+            begin = torch.searchsorted(lines, torch.arange(total + 1, device=lines.device))
+            found += [begin, torch.nn.functional.pad(other[order], (0, 1))]
+    return [x.to(torch.int32) for x in found]
+
+
+@_tile_lists.register_fake
+def _(subtree_end, position_ids, sliding_window):
+    lines = subtree_end.shape[0] * -(-subtree_end.shape[1] // BLOCK_SIZE) + 1
+    found = []
+    for _ in range(4):
+        found += [
+            subtree_end.new_empty(lines),
+            subtree_end.new_empty(torch.library.get_ctx().new_dynamic_size(min=1)),
+        ]
+    return found
+
+
 def count_tiles(
     subtree_end: Tensor,
     *,
@@ -139,32 +197,76 @@ def count_tiles(
     block_size: int = BLOCK_SIZE,
 ) -> tuple[int, int]:
     """How many tiles the kernels visit, (full, partial). Arguments as in `block_lists`."""
-    partial, full = _tiles(subtree_end, position_ids, sliding_window, block_size)
-    return int(full.sum()), int(partial.sum())
+    blocks = _Blocks.of(subtree_end, position_ids, block_size)
+    visible, full = (int(x.sum()) for x in blocks.kinds(*blocks.pairs(), sliding_window))
+    return full, visible - full
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """What is known of the n blocks of a row: the places of their first and last tokens, (n,); the least and largest end of
+    their tokens, and the least and largest position (with a window), (batch, n)."""
+
+    first: Tensor
+    last: Tensor
+    ends: tuple[Tensor, Tensor]
+    positions: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, subtree_end: Tensor, position_ids: Tensor | None, size: int) -> _Blocks:
+        length = subtree_end.shape[1]
+        n = -(-length // size)
+        place = torch.arange(n * size, device=subtree_end.device).clamp(max=length - 1)
+        first = torch.arange(n, device=subtree_end.device) * size
+        extremes = [
+            x[:, place].unflatten(1, (n, size)).aminmax(dim=-1) for x in (subtree_end, position_ids) if x is not None
+        ]
+        return cls(
+            first, (first + size - 1).clamp(max=length - 1), *map(tuple, extremes), *[None] * (2 - len(extremes))
+        )
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, query block and key block of all tiles that hold something without a window, int64 (P,); by rows, then by key
+        blocks, then by query blocks."""
+        n, device = len(self.first), self.first.device
+        reached = torch.searchsorted(
+            self.first, self.ends[1].long().flatten()
+        )  # query blocks that begin before the end
+        key = torch.arange(n, device=device).repeat(len(self.ends[1]))
+        count = (reached - key).clamp(min=1)  # its own among them
+        line = torch.repeat_interleave(count)
+        query = torch.arange(len(line), device=device) - (count.cumsum(0) - count - key)[line]
+        return line // n, query, key[line]
+
+    def all_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All tiles on the diagonal and left of it, as `pairs`. While a CUDA graph is captured nobody can be asked how many of
+        them hold anything."""
+        n, rows = len(self.first), len(self.ends[0])
+        key, query = torch.triu_indices(n, n, device=self.first.device).repeat(1, rows)
+        row = torch.arange(rows, device=self.first.device).repeat_interleave(n * (n + 1) // 2, output_size=len(key))
+        return row, query, key
+
+    def kinds(self, row: Tensor, query: Tensor, key: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """bool, which of the tiles (not right of the diagonal) hold a visible pair, and in which every pair is visible. The
+        arguments broadcast."""
+        visible, full = self.ends[1][row, key] > self.first[query], self.ends[0][row, key] > self.last[query]
+        if window is not None:
+            low, high = self.positions
+            visible = visible & (low[row, query] - high[row, key] < window)
+            full = full & (high[row, query] - low[row, key] < window)
+        return visible | (query == key), full & (query != key)
 
 
 def _tiles(
     subtree_end: Tensor, position_ids: Tensor | None, sliding_window: int | None, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """bool (batch, query blocks, key blocks): which tiles are partial, and which are full."""
-    length = subtree_end.shape[1]
-    n = -(-length // block_size)
-    device = subtree_end.device
-    place = torch.arange(n * block_size, device=device).clamp(max=length - 1)
-    ends = subtree_end[:, place].unflatten(1, (n, block_size))
-    block = torch.arange(n, device=device)
-    first = (block * block_size)[:, None]
-    last = (first + block_size - 1).clamp(max=length - 1)
-    left = block[None, :] < block[:, None]  # [query block, key block]
-
-    visible = left & (ends.amax(-1)[:, None, :] > first)
-    full = left & (ends.amin(-1)[:, None, :] > last)
-    if sliding_window is not None:
-        positions = position_ids[:, place].unflatten(1, (n, block_size))
-        low, high = positions.amin(-1), positions.amax(-1)
-        visible &= low[:, :, None] - high[:, None, :] < sliding_window
-        full &= high[:, :, None] - low[:, None, :] < sliding_window
-    return (visible & ~full) | (block[None, :] == block[:, None]), full & visible
+    blocks = _Blocks.of(subtree_end, position_ids, block_size)
+    block = torch.arange(len(blocks.first), device=subtree_end.device)
+    row = torch.arange(len(subtree_end), device=subtree_end.device)
+    tile = row[:, None, None], block[:, None], block
+    visible, full = (x & (block <= block[:, None]) for x in blocks.kinds(*tile, sliding_window))
+    return visible & ~full, full
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,12 +41,13 @@ def tree_attention(
         query: (batch, heads, L, head_dim) float16, bfloat16 or float32; any strides but in the last dimension. float32
             is computed to float32 accuracy unless `torch.set_float32_matmul_precision` allows TF32.
         key: (batch, kv_heads, L, head_dim). value: (batch, kv_heads, L, value_dim).
-        subtree_end: int32 (batch, L).
-        lists: int32, which blocks of keys a block of queries reads, then the transpose: kv_num (batch, 1, n), kv_indices
-            (batch, 1, n, n), full_kv_num, full_kv_indices, q_num, q_indices, full_q_num, full_q_indices; n =
-            ceil(L / 128).
+        subtree_end: int32 (batch, n · 128), n = ceil(L / 128), 0 beyond the row.
+        lists: int32, which blocks of 128 keys a block of queries reads, then the transpose: kv_begin
+            (batch · n + 1,), kv_indices, full_kv_begin, full_kv_indices, q_begin, q_indices, full_q_begin, full_q_indices.
+            Line b · n + i lists what begin[line] … begin[line + 1] of indices are, which have one entry more than that.
         scale: factor of the scores, positive. softcap: scores become softcap * tanh(scores / softcap).
-        sliding_window: a query sees keys fewer than this many positions before it; needs position_ids, integer (batch, L).
+        sliding_window: a query sees keys fewer than this many positions before it; needs position_ids, laid out as
+            subtree_end.
         sinks: (heads,), a score per head that has no value.
 
     Returns:
@@ -66,14 +67,19 @@ def tree_attention(
     if not (query.is_cuda or INTERPRETED):
         raise NotImplementedError(f"the Triton kernels run on CUDA; query is on {query.device}")
     blocks = triton.cdiv(query.shape[2], LIST_BLOCK)
-    if lists[0].shape[-1] != blocks:
-        raise ValueError(f"lists have {lists[0].shape[-1]} blocks, expected {blocks} of {LIST_BLOCK} tokens each")
-    if not all(x.is_contiguous() for x in (subtree_end, *lists)):
-        raise ValueError("subtree_end and lists must be contiguous; call .contiguous() on them")
+    if len(lists[0]) != query.shape[0] * blocks + 1:
+        raise ValueError(
+            f"lists have {len(lists[0]) - 1} lines, expected {query.shape[0] * blocks}, of blocks of {LIST_BLOCK} tokens"
+        )
     if sliding_window is not None and position_ids is None:
         raise ValueError(f"sliding_window is {sliding_window} without position_ids, in which a window is counted")
-    if position_ids is not None:
-        position_ids = position_ids.to(torch.int32).contiguous()  # nothing is done where they are so already
+    for name, x in (("subtree_end", subtree_end), ("position_ids", position_ids)):
+        if x is not None and (x.shape != (query.shape[0], blocks * LIST_BLOCK) or x.dtype != torch.int32):
+            raise ValueError(
+                f"{name} is {x.dtype} {tuple(x.shape)}, expected int32 ({query.shape[0]}, {blocks * LIST_BLOCK})"
+            )
+    if not all(x.is_contiguous() for x in (subtree_end, *lists, *([] if position_ids is None else [position_ids]))):
+        raise ValueError("subtree_end, position_ids and lists must be contiguous; call .contiguous() on them")
     if sinks is not None:
         sinks = sinks.contiguous()
     return _forward(query, key, value, subtree_end, lists, position_ids, sinks, scale, softcap, sliding_window)[0]
@@ -99,7 +105,7 @@ def _forward(
     with _on(query.device):
         forward_kernel[_grid(query, config.block_m)](
             query, key, value, out, lse, *mask, lse if sinks is None else sinks, *lists[:4],
-            *_strides(query, key, value, out), *_scalars(query, lists, scale, softcap, sliding_window),
+            *_strides(query, key, value, out), *_scalars(query, scale, softcap, sliding_window),
             SINKS=sinks is not None, **_constants(query, key, value, softcap, sliding_window), **config.options(),
         )  # fmt: skip
     return out, lse
@@ -126,7 +132,7 @@ def _backward(
     delta = torch.empty_like(lse)
     config = pinned_configs(query, value)
     constants = _constants(query, key, value, softcap, sliding_window)
-    scalars = _scalars(query, lists, scale, softcap, sliding_window)
+    scalars = _scalars(query, scale, softcap, sliding_window)
     mask = subtree_end, subtree_end if position_ids is None else position_ids
     with _on(query.device):
         delta_kernel[_grid(query, DELTA.block_m)](
@@ -209,8 +215,9 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _scalars(query, lists, scale, softcap, sliding_window) -> tuple:
-    return query.shape[1], query.shape[2], lists[0].shape[-1], scale, softcap or 1.0, sliding_window or 0
+def _scalars(query, scale, softcap, sliding_window) -> tuple:
+    blocks = triton.cdiv(query.shape[2], LIST_BLOCK)
+    return query.shape[1], query.shape[2], blocks, scale, softcap or 1.0, sliding_window or 0
 
 
 def _constants(query, key, value, softcap, sliding_window) -> dict:

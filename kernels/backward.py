@@ -10,7 +10,7 @@ load of them needs a bound.
 import triton
 import triton.language as tl
 
-from .tiles import capped, load_tile, log2_factor, store_tile
+from .tiles import DIAGONAL, FULL, LEFT, capped, listed, load_tile, log2_factor, store_tile
 
 
 @triton.jit(do_not_specialize=["heads", "length", "blocks"])
@@ -33,7 +33,7 @@ def delta_kernel(
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "window"])
 def dkv_kernel(
     query, key, value, grad_out, lse, delta, grad_key, grad_value, subtree_end, position_ids,
-    q_num, q_indices, full_q_num, full_q_indices,
+    q_begin, q_indices, full_q_begin, full_q_indices,
     query_b, query_h, query_l, key_b, key_h, key_l, value_b, value_h, value_l, grad_b, grad_h, grad_l,
     dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     heads, length, blocks, scale, softcap, window,
@@ -46,42 +46,43 @@ def dkv_kernel(
     # The first keys are read most, so they start first: those of all heads, which is why heads count fastest here.
     start_n = tl.program_id(1) * BLOCK_N
     kv_head, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    subtree_end += batch * length
-    position_ids += batch * length
+    subtree_end += batch * blocks * LIST_BLOCK
+    position_ids += batch * blocks * LIST_BLOCK
     keys = start_n + tl.arange(0, BLOCK_N)
-    ends = tl.load(subtree_end + keys, keys < length, 0)
+    ends = tl.load(subtree_end + keys)
     if WINDOW:
-        key_positions = tl.load(position_ids + keys, keys < length, 0)
+        key_positions = tl.load(position_ids + keys)
     k = load_tile(key + batch * key_b + kv_head * key_h, start_n, key_l, length, BLOCK_N, HEAD_DIM, DIM, True)
     v = load_tile(value + batch * value_b + kv_head * value_h, start_n, value_l, length, BLOCK_N, VALUE_DIM, VDIM, True)
     dk = tl.zeros((BLOCK_N, DIM), tl.float32)
     dv = tl.zeros((BLOCK_N, VDIM), tl.float32)
     factor = log2_factor(scale, softcap, SOFTCAP)
+    EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
 
     PARTS: tl.constexpr = LIST_BLOCK // BLOCK_M
     line = batch * blocks + start_n // LIST_BLOCK
-    for PARTIAL in tl.static_range(2):
-        num, indices = full_q_num, full_q_indices
+    for PARTIAL in tl.static_range(2):  # a third loop would spill more than its cheaper mask saves
         if PARTIAL:
-            num, indices = q_num, q_indices
-        steps = tl.load(num + line) * PARTS
+            at, num = listed(q_begin, q_indices, line)
+        else:
+            at, num = listed(full_q_begin, full_q_indices, line)
+        block, steps = tl.load(at), num * PARTS
         per_head = tl.maximum(steps, 1)  # a division by zero would be undefined, even where no step is taken
-        block = tl.load(indices + line * blocks)
         for i in range(0, GROUP * steps):  # one loop over heads and blocks, so that loads run ahead across heads
             head = kv_head * GROUP + i // per_head
             start_m = block * LIST_BLOCK + i % PARTS * BLOCK_M
-            block = tl.load(indices + line * blocks + (i + 1) % per_head // PARTS)  # the next one, as in the forward
+            block = tl.load(at + (i + 1) % per_head // PARTS)  # the next one, as in the forward
             places = start_m + tl.arange(0, BLOCK_M)
             of_head = (batch * heads + head) * blocks * LIST_BLOCK
             q_head, do_head = query + batch * query_b + head * query_h, grad_out + batch * grad_b + head * grad_h
             q = load_tile(q_head, start_m, query_l, length, BLOCK_M, HEAD_DIM, DIM, RAGGED)
-            x = capped(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, SOFTCAP)
+            x = capped(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, SOFTCAP, EXACT)
             # The last block of queries may be full and reach beyond the row: there lse is infinite and p is 0.
             p = tl.math.exp2(x * factor - tl.load(lse + of_head + places)[None, :])
             if PARTIAL:
                 visible = (keys[:, None] <= places[None, :]) & (places[None, :] < ends[:, None])
                 if WINDOW:
-                    positions = tl.load(position_ids + places, places < length, 0)
+                    positions = tl.load(position_ids + places)
                     visible = visible & (positions[None, :] - key_positions[:, None] < window)
                 p = tl.where(visible, p, 0.0)
             do = load_tile(do_head, start_m, grad_l, length, BLOCK_M, VALUE_DIM, VDIM, RAGGED)
@@ -99,7 +100,7 @@ def dkv_kernel(
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "window"])
 def dq_kernel(
     query, key, value, grad_out, lse, delta, grad_query, subtree_end, position_ids,
-    kv_num, kv_indices, full_kv_num, full_kv_indices,
+    kv_begin, kv_indices, full_kv_begin, full_kv_indices,
     query_b, query_h, query_l, key_b, key_h, key_l, value_b, value_h, value_l, grad_b, grad_h, grad_l,
     dq_b, dq_h, dq_l,
     heads, length, blocks, scale, softcap, window,
@@ -112,41 +113,48 @@ def dq_kernel(
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     key += batch * key_b + head // GROUP * key_h
     value += batch * value_b + head // GROUP * value_h
-    subtree_end += batch * length
-    position_ids += batch * length
+    subtree_end += batch * blocks * LIST_BLOCK
+    position_ids += batch * blocks * LIST_BLOCK
     places = start_m + tl.arange(0, BLOCK_M)
     if WINDOW:
-        positions = tl.load(position_ids + places, places < length, 0)
+        positions = tl.load(position_ids + places)
     q = load_tile(query + batch * query_b + head * query_h, start_m, query_l, length, BLOCK_M, HEAD_DIM, DIM, True)
     do = load_tile(grad_out + batch * grad_b + head * grad_h, start_m, grad_l, length, BLOCK_M, VALUE_DIM, VDIM, True)
     of_head = (batch * heads + head) * blocks * LIST_BLOCK
     log_sum, d = tl.load(lse + of_head + places)[:, None], tl.load(delta + of_head + places)[:, None]
     dq = tl.zeros((BLOCK_M, DIM), tl.float32)
     factor = log2_factor(scale, softcap, SOFTCAP)
+    EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
 
     PARTS: tl.constexpr = LIST_BLOCK // BLOCK_N
     line = batch * blocks + start_m // LIST_BLOCK
-    for PARTIAL in tl.static_range(2):
-        num, indices = full_kv_num, full_kv_indices
-        if PARTIAL:
-            num, indices = kv_num, kv_indices
-        steps = tl.load(num + line) * PARTS
-        block = tl.load(indices + line * blocks)
+    for PART in tl.static_range(3):
+        if PART == FULL:
+            at, num = listed(full_kv_begin, full_kv_indices, line)
+            block, steps = tl.load(at), num * PARTS
+        elif PART == LEFT:
+            at, num = listed(kv_begin, kv_indices, line)
+            block, steps = tl.load(at), (num - 1) * PARTS  # the last one is on the diagonal
+        else:  # as far as the last query sees
+            block, steps = start_m // LIST_BLOCK, (start_m % LIST_BLOCK + BLOCK_M + BLOCK_N - 1) // BLOCK_N
         for i in range(0, steps):
             start_n = block * LIST_BLOCK + i % PARTS * BLOCK_N
-            block = tl.load(indices + line * blocks + tl.minimum(i + 1, steps - 1) // PARTS)
-            k = load_tile(key, start_n, key_l, length, BLOCK_N, HEAD_DIM, DIM, PARTIAL and RAGGED)
-            x = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+            if PART != DIAGONAL:
+                block = tl.load(at + tl.minimum(i + 1, steps - 1) // PARTS)
+            k = load_tile(key, start_n, key_l, length, BLOCK_N, HEAD_DIM, DIM, PART == DIAGONAL and RAGGED)
+            x = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP, EXACT)
             p = tl.math.exp2(x * factor - log_sum)
-            if PARTIAL:
+            if PART != FULL:
                 keys = start_n + tl.arange(0, BLOCK_N)
-                ends = tl.load(subtree_end + keys, keys < length, 0)
-                visible = (keys[None, :] <= places[:, None]) & (places[:, None] < ends[None, :])
+                ends = tl.load(subtree_end + keys)
+                visible = places[:, None] < ends[None, :]
+                if PART == DIAGONAL:
+                    visible = visible & (keys[None, :] <= places[:, None])
                 if WINDOW:
-                    key_positions = tl.load(position_ids + keys, keys < length, 0)
+                    key_positions = tl.load(position_ids + keys)
                     visible = visible & (positions[:, None] - key_positions[None, :] < window)
                 p = tl.where(visible, p, 0.0)
-            v = load_tile(value, start_n, value_l, length, BLOCK_N, VALUE_DIM, VDIM, PARTIAL and RAGGED)
+            v = load_tile(value, start_n, value_l, length, BLOCK_N, VALUE_DIM, VDIM, PART == DIAGONAL and RAGGED)
             ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - d)
             if SOFTCAP:
                 ds = ds * (1 - x * x)

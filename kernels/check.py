@@ -1,8 +1,12 @@
 """Compile every pinned configuration ahead of time, without a GPU, and show what it takes: `make kernels-check`.
 
 Per kernel, chip, dtype and head size: shared memory against what a block may have, columns of tensor memory (10.0),
-registers per thread, bytes spilled to local memory, and the tensor-core instruction used. Exit code 1 if one does not
-fit, runs without tensor cores, or spills in a plain forward of head size up to 128.
+registers per thread, bytes spilled to local memory, and the tensor-core instruction used. Then, for a step of full tiles, of
+partial tiles left of the diagonal and of tiles on it (dkv: of full and of partial tiles), what a warp issues, and a model of
+what that means: clocks in which the four
+schedulers of a multiprocessor do nothing but issue the step, over clocks in which its tensor cores do nothing but its
+products. Beyond 1 the products wait. It knows no latencies; what it shows is whether a change made a kernel do more.
+Exit code 1 if one does not fit, runs without tensor cores, or spills in a plain forward of head size up to 128.
 """
 
 from __future__ import annotations
@@ -32,6 +36,10 @@ KERNELS = {"forward": forward_kernel, "delta": delta_kernel, "dkv": dkv_kernel, 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TENSOR_MEMORY = 512  # columns of an SM (PTX ISA, "Tensor Memory")
 BEST = {90: "wgmma", 100: "tcgen05.mma"}  # what a chip must be seen to use in 16 bits
+# Floating-point operations that the tensor cores of a multiprocessor do in a clock, 16 bits in, float32 out: NVIDIA's peak
+# rates (A100, H100 SXM, B200, RTX 5090) over multiprocessors and boost clock.
+FLOPS_PER_CLOCK = {80: 2048, 90: 4096, 100: 8192, 120: 512}
+PRODUCTS = {"forward": 2, "dkv": 4, "dq": 3}  # of a tile
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -44,6 +52,7 @@ class Usage:
     registers: int  # per thread
     spilled: int  # bytes of stack per thread
     tensor_cores: str  # the instruction, or "-"
+    steps: tuple[int, ...]  # instructions of a warp in a step of each loop: full tiles first, see `kernels.tiles`
 
 
 def compile_ahead(kernel, config: Config, arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, **features):
@@ -67,21 +76,21 @@ def compile_ahead(kernel, config: Config, arch: int, dtype: torch.dtype, head_di
         if signature[name][0] == "*" or re.fullmatch(r".*_[bhl]", name)
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=config.compiler_options())
 
 
 def usage(compiled) -> Usage:
     ptx = compiled.asm["ptx"]
     instruction = next((x for x in ("wgmma", "tcgen05.mma", "mma.sync") if x in ptx), "-")
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    return Usage(compiled.metadata.shared, tensor_memory, *_registers(compiled.asm["cubin"]), instruction)
+    cubin = compiled.asm["cubin"]
+    return Usage(compiled.metadata.shared, tensor_memory, *_registers(cubin), instruction, _steps(cubin))
 
 
 def _type(name: str, dtype: str) -> str:
     if name in ("lse", "delta"):
         return "*fp32"
-    if name in ("subtree_end", "position_ids") or name.endswith(("_num", "_indices")):
+    if name in ("subtree_end", "position_ids") or name.endswith(("_begin", "_indices")):
         return "*i32"
     if re.fullmatch(r".*_[bhl]|heads|length|blocks|window", name):
         return "i32"
@@ -90,11 +99,39 @@ def _type(name: str, dtype: str) -> str:
 
 def _registers(cubin: bytes) -> tuple[int, int]:
     """Registers per thread, and bytes of stack, as the assembler counted them."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = _tool("cuobjdump", "--dump-resource-usage", cubin)
+    return tuple(int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+
+
+def _steps(cubin: bytes) -> tuple[int, ...]:
+    """Instructions of the innermost loops that hold products, in their order."""
+    labels, code, loops = {}, [], []
+    for line in _tool("nvdisasm", "-c", cubin).splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif re.match(r"\s+/\*[0-9a-f]+\*/\s", line):
+            code.append(line)
+            if (target := re.search(r"\bBRA.*`\((\.L_x_\d+)\)", line)) and target[1] in labels:
+                loops.append((labels[target[1]], len(code)))
+    products = [i for i, line in enumerate(code) if re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", line)]
+    loops = [(a, b) for a, b in loops if any(a <= i < b for i in products)]
+    innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    return tuple(b - a for a, b in sorted(innermost))
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    """What one of NVIDIA's tools, which Triton brings with it, says of a compiled kernel."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    return tuple(int(re.search(rf"{name}:(\d+)", text.stdout)[1]) for name in ("REG", "STACK"))
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def clocks(name: str, config: Config, arch: int, size: int, instructions: int, wide: bool) -> float:
+    """Clocks of issuing a step over clocks of its products (float32: six products for each)."""
+    issue = instructions * config.num_warps / 4
+    flops = PRODUCTS[name] * 2 * config.block_m * config.block_n * size * (6 if wide else 1)
+    return issue / (flops / FLOPS_PER_CLOCK[arch])
 
 
 FEATURES = {"plain": {}, "all": {"RAGGED": True, "SINKS": True, "SOFTCAP": True, "WINDOW": True}}
@@ -102,9 +139,9 @@ FEATURES = {"plain": {}, "all": {"RAGGED": True, "SINKS": True, "SOFTCAP": True,
 
 HEADINGS = (
     "arch", "dtype", "head size", "kernel", "m x n", "warps", "stages", "features", "shared KiB", "tensor memory",
-    "registers", "spilled", "uses",
+    "registers", "spilled", "instructions of a step", "issue / products", "uses",
 )  # fmt: skip
-LINE = "{:>4}  {:>5}  {:>9}  {:<7}  {:>9}  {:>5}  {:>6}  {:<8}  {:>12}  {:>13}  {:>9}  {:>7}  {}"
+LINE = "{:>4}  {:>5}  {:>9}  {:<7}  {:>9}  {:>5}  {:>6}  {:<8}  {:>12}  {:>13}  {:>9}  {:>7}  {:>22}  {:>18}  {}"
 
 
 def check(arch: int, wide: bool, size: int, name: str, features: str) -> tuple[str, bool]:
@@ -123,7 +160,8 @@ def check(arch: int, wide: bool, size: int, name: str, features: str) -> tuple[s
     cells = (
         arch, NAMES[dtype], size, name, f"{config.block_m} x {config.block_n}", config.num_warps, config.num_stages,
         features, f"{found.shared / 1024:.1f} of {SHARED_MEMORY[arch] // 1024}", found.tensor_memory, found.registers,
-        found.spilled,
+        found.spilled, ", ".join(map(str, found.steps)),
+        ", ".join(f"{clocks(name, config, arch, size, n, wide):.2f}" for n in found.steps),
     )  # fmt: skip
     return LINE.format(*cells, found.tensor_cores + wrong), not wrong
 

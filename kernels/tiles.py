@@ -6,6 +6,16 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Below every score, and finite: a row that has seen nothing yet needs no special case (exp2(-inf - LOWEST) is 0).
 LOWEST = tl.constexpr(-3.0e38)
+# The tiles of a line, in the order in which they are walked: the full ones, whose pairs are all visible; the partial ones left
+# of the diagonal, where all that counts is whether the end of a key lies behind the query; and those on the diagonal.
+FULL, LEFT, DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def listed(begin, indices, line):
+    """Where the blocks of a line are listed, and how many there are. There is something to read even if there are none."""
+    first = tl.load(begin + line)
+    return indices + first, tl.load(begin + line + 1) - first
 
 
 @triton.jit
@@ -45,9 +55,15 @@ def tanh(x):
 
 
 @triton.jit
-def capped(qk, scale, softcap, SOFTCAP: tl.constexpr):
+def capped(qk, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
     """Products of queries and keys -> x with scores = x · (softcap or scale). The derivative of the cap is 1 - x²."""
-    return tanh(qk * (scale / softcap)) if SOFTCAP else qk
+    if not SOFTCAP:
+        x = qk
+    elif EXACT:
+        x = tanh(qk * (scale / softcap))
+    else:  # an error of 2e-7 times the cap, which 16 bits do not see
+        x = 1 - 2 / (tl.math.exp2(qk * (scale / softcap * (2 * LOG2_E))) + 1)
+    return x
 
 
 @triton.jit

@@ -108,12 +108,12 @@ def test_gradients_are_bitwise_repeatable():
 SMALL_CASE = """
 import torch
 from flexmask import tree_attention
-from flexmask.mask import block_lists
+from flexmask.mask import tile_lists
 length = 450
 ends = torch.full((1, length), length, dtype=torch.int32)
 ends[:, 300:400], ends[:, 400:] = 400, torch.arange(401, length + 1)  # a trunk, a branch, and leaves
-lists = block_lists(ends)
-assert lists.full_kv_num.sum() > 0 and lists.full_q_num.sum() > 0
+lists = tile_lists(ends)
+assert lists.full_kv_begin[-1] > 0 and lists.kv_begin[-1] > 0
 q, k, v = (torch.randn(1, heads, length, 80, device="cuda", dtype=torch.float16) for heads in (4, 2, 2))
 leaves = [x.requires_grad_() for x in (q, k, v, torch.randn(4, device="cuda"))]
 positions = torch.arange(length, device="cuda")[None]

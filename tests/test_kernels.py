@@ -23,7 +23,7 @@ import flexmask.attention
 from flexmask import TokenTree, tree_attention
 from flexmask.backends import blockwise
 from flexmask.backends import triton as triton_backend
-from flexmask.mask import block_lists
+from flexmask.mask import tile_lists
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need Triton, which this platform does not have")
 import triton.language as tl
@@ -159,8 +159,8 @@ def test_a_long_row_of_conversations(monkeypatch):
     length, padding = 1023, 1023 - len(row)
     assert 5 < padding < 400
     ends = torch.from_numpy(np.append(row.subtree_end, np.arange(len(row) + 1, length + 1)).astype(np.int32))[None]
-    lists = block_lists(ends)
-    assert lists.full_kv_num.sum() > 0 and (lists.kv_num + lists.full_kv_num).sum() < 36
+    lists = tile_lists(ends)
+    assert lists.full_kv_begin[-1] > 0 and lists.kv_begin[-1] + lists.full_kv_begin[-1] < 36
     places = torch.arange(length)
     visible = (places[None] <= places[:, None]) & (places[:, None] < ends[0][None])
     *inputs, _, _, positions, _ = problem(1, length, heads=2, kv_heads=1, dim=16, value_dim=16, dtype=torch.float32)
@@ -359,10 +359,11 @@ def test_operators_satisfy_pytorch(monkeypatch):
         x.to(DEVICE) for x in problem(1, 40, heads=2, dim=16, value_dim=24, dtype=torch.float32)
     )
     q, k, v, s = (x.detach().requires_grad_() for x in (q, k, v, s))
-    lists = block_lists(ends)
+    lists = tile_lists(ends)
     tensors = [getattr(lists, field.name) for field in dataclasses.fields(lists)]
+    ends, positions = (triton_backend._whole_blocks(x) for x in (ends, positions))
     for softcap, window, sinks in ((None, None, None), (1.5, 5, s)):
-        arguments = (q, k, v, ends, tensors, positions.to(torch.int32), sinks, 0.5, softcap, window)
+        arguments = (q, k, v, ends, tensors, positions, sinks, 0.5, softcap, window)
         torch.library.opcheck(kernels._forward, arguments)
 
 
@@ -373,10 +374,13 @@ def test_what_the_kernels_do_not_have_is_refused():
     with pytest.raises(NotImplementedError, match="head sizes from 16 to 256; head_dim is 8"):
         tree_attention(*(x.float() for x in inputs), ends, backend="triton")
     q, k, v, ends = (x.to(DEVICE) for x in (*(x.float().new_ones(1, 2, 20, 16) for x in inputs), ends))
-    lists = [getattr(block_lists(ends), field.name) for field in dataclasses.fields(block_lists(ends))]
+    lists = [getattr(tile_lists(ends), field.name) for field in dataclasses.fields(tile_lists(ends))]
+    with pytest.raises(ValueError, match=r"subtree_end is torch.int32 \(1, 20\), expected int32 \(1, 128\)"):
+        kernels.tree_attention(q, k, v, ends, lists, scale=1.0)
+    ends = triton_backend._whole_blocks(ends)
     with pytest.raises(ValueError, match="sliding_window is 4 without position_ids"):
         kernels.tree_attention(q, k, v, ends, lists, scale=1.0, sliding_window=4)
-    with pytest.raises(ValueError, match="lists have 1 blocks, expected 2 of 128 tokens each"):
+    with pytest.raises(ValueError, match="lists have 1 lines, expected 2, of blocks of 128 tokens"):
         kernels.tree_attention(*(x.new_ones(1, 2, 140, 16) for x in (q, k, v)), ends, lists, scale=1.0)
     with pytest.raises(NotImplementedError, match=r"compute capability 8.0 or newer, this device has 7.5"):
         configs((7, 5), 64, torch.float16)

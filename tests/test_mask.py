@@ -11,8 +11,9 @@ from reference import conversation_passes, forest, random_parents
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import flexmask.mask
 from flexmask import TokenTree, tree_block_mask
-from flexmask.mask import block_lists, check_subtree_end, mask_mod, once_per_forward, score_mod
+from flexmask.mask import block_lists, check_subtree_end, mask_mod, once_per_forward, score_mod, tile_lists
 
 
 def random_row(seed, length):
@@ -51,6 +52,55 @@ def test_block_lists_are_exactly_the_tiles_that_hold_something(seed, length, siz
     assert (full[off_diagonal] == every[off_diagonal]).all(), "full tiles are those that need no mask"
     assert (listed(lists.q_num, lists.q_indices) == partial.T).all()
     assert (listed(lists.full_q_num, lists.full_q_indices) == full.T).all()
+
+
+def of_lists(begin, indices, batch, n):
+    """bool (batch, n, n) of compact lists; entries of a line ascend."""
+    table = torch.zeros(batch * n, n, dtype=torch.bool)
+    for line in range(batch * n):
+        entries = indices[begin[line] : begin[line + 1]].tolist()
+        assert entries == sorted(set(entries))
+        table[line, entries] = True
+    assert len(begin) == batch * n + 1 and len(indices) > begin[-1] and begin.dtype == indices.dtype == torch.int32
+    return table.view(batch, n, n)
+
+
+@pytest.mark.parametrize("every_pair", [False, True])
+@pytest.mark.parametrize("windowed", [False, True])
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.integers(1, 3), st.integers(1, 20))
+def test_compact_lists_are_the_block_lists(every_pair, windowed, seed, length, batch, window):
+    """`every_pair`: as while a CUDA graph is captured."""
+    ends, positions, _ = map(torch.cat, zip(*(random_row(seed + i, length) for i in range(batch))))
+    options = {"position_ids": positions, "sliding_window": window} if windowed else {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flexmask.mask, "BLOCK_SIZE", 8)
+        if every_pair:
+            patch.setattr(flexmask.mask._Blocks, "pairs", flexmask.mask._Blocks.all_pairs)
+        lists = tile_lists(ends, **options)
+    right = block_lists(ends, block_size=8, **options)
+    n = -(-length // 8)
+    for name in ("kv", "full_kv", "q", "full_q"):
+        found = of_lists(getattr(lists, f"{name}_begin"), getattr(lists, f"{name}_indices"), batch, n)
+        for row in range(batch):
+            num, indices = (getattr(right, f"{name}_{what}")[row : row + 1] for what in ("num", "indices"))
+            assert torch.equal(found[row], listed(num, indices))
+
+
+def test_operator_of_compact_lists_satisfies_pytorch():
+    ends, positions, _ = random_row(0, 300)
+    torch.library.opcheck(flexmask.mask._tile_lists, (ends, None, None))
+    torch.library.opcheck(flexmask.mask._tile_lists, (ends, positions, 50))
+
+
+def test_compact_lists_of_a_million_tokens():
+    """As n×n lists of 8 tensors they would have 2 GiB."""
+    tree = TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 12, 80, 800, 250))
+    row = TokenTree.concat([tree] * (2**20 // len(tree)))
+    ends = torch.from_numpy(row.subtree_end)[None]
+    with PeakBytes() as bytes_:
+        tile_lists(ends)
+    assert bytes_.peak < 256 * 2**20, f"{bytes_.peak / 2**20:.0f} MiB"
 
 
 @settings(deadline=None, max_examples=100)

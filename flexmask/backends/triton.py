@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..mask import block_lists, once_per_forward
+from ..mask import BLOCK_SIZE, once_per_forward, tile_lists
 
 
 def attention(
@@ -29,14 +30,14 @@ def attention(
         from flexmask_kernels.attention import tree_attention
     except ModuleNotFoundError as error:
         raise NotImplementedError(f"backend 'triton' needs Triton ({error}); backend 'blockwise' does not") from error
-    lists = once_per_forward(block_lists, subtree_end, position_ids=position_ids, sliding_window=sliding_window)
+    lists = once_per_forward(tile_lists, subtree_end, position_ids=position_ids, sliding_window=sliding_window)
     if position_ids is not None:
-        position_ids = once_per_forward(_int32, subtree_end, position_ids=position_ids)
+        position_ids = once_per_forward(_whole_blocks_of_positions, subtree_end, position_ids=position_ids)
     return tree_attention(
         query,
         key,
         value,
-        subtree_end.contiguous(),
+        once_per_forward(_whole_blocks, subtree_end),
         [getattr(lists, name) for name in lists.__dataclass_fields__],
         scale=scale,
         softcap=softcap,
@@ -46,5 +47,10 @@ def attention(
     )
 
 
-def _int32(subtree_end: Tensor, *, position_ids: Tensor) -> Tensor:
-    return position_ids.to(torch.int32).contiguous()
+def _whole_blocks(x: Tensor) -> Tensor:
+    """int32, 0 beyond the row, so that no load of the kernels needs a bound. A copy: what is kept for a tensor must not be it."""
+    return pad(x.to(torch.int32), (0, -x.shape[1] % BLOCK_SIZE)).clone(memory_format=torch.contiguous_format)
+
+
+def _whole_blocks_of_positions(subtree_end: Tensor, *, position_ids: Tensor) -> Tensor:
+    return _whole_blocks(position_ids)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .attention import using_backend
+from .backends.flash import gathered_keys
 from .integrations.transformers import NAME
 from .loss import chunk_size
 from .mask import BLOCK_SIZE, count_tiles
@@ -36,6 +37,8 @@ class Cost:
         loss_flops: of the output layer, whose logits are computed twice where they are too many to be kept.
         activation_bytes: kept for the backward, without gradient checkpointing, in bfloat16; without logits, of which a chunk
             is held at a time.
+        gathered_bytes: of the keys and values that backend `flash` gathers on CUDA, for one layer at a time, in bfloat16; of
+            the sequence with the most. Their gradients take as much again.
     """
 
     tokens: int
@@ -44,6 +47,7 @@ class Cost:
     attention_flops: float
     loss_flops: float
     activation_bytes: int
+    gathered_bytes: int
 
     @property
     def flops(self) -> float:
@@ -78,9 +82,10 @@ class CostComparison:
             ("output layer, TFLOP", "loss_flops", 1e12),
             ("all, TFLOP", "flops", 1e12),
             ("activations, GiB", "activation_bytes", 2**30),
+            ("gathered keys, GiB", "gathered_bytes", 2**30),
         ):
             a, b, c = (getattr(cost, attribute) / unit for cost in (one, n, everything))
-            if name.startswith("activations"):  # sequences are run one after the other
+            if name.endswith("GiB"):  # sequences are run one after the other
                 lines.append(f"{name:<28}{a:>12.3g}{b:>12.3g}{'':>8}{c:>13.3g}   of the longest pass, for N passes")
             else:
                 lines.append(f"{name:<28}{a:>12.3g}{b:>12.3g}{b / a:>8.2f}{c:>13.3g}{c / a:>8.2f}")
@@ -126,6 +131,14 @@ def cost(tree: TokenTree, config: PreTrainedConfig) -> CostComparison:
             attention_flops=_ATTENTION_STEP * attention,
             loss_flops=model.logits_flops * sum(n * (4 if n > chunk else _STEP) for n in logits),
             activation_bytes=round(model.activation_bytes * kept),
+            gathered_bytes=max(
+                (
+                    of_key * gathered_keys(torch.from_numpy(ends)[None], sliding_window=window)
+                    for window, of_key in model.key_bytes.items()
+                    for ends, _ in sequences
+                ),
+                default=0,
+            ),
         )
 
     passes = [(np.full(n, n, np.int32), np.arange(n)) for n in lengths.tolist()]
@@ -168,11 +181,13 @@ _UNKNOWN_TO_PYTORCH = {
 
 @dataclass(frozen=True)
 class _Model:
-    """The forward of a model: FLOPs of a token, of its logits, of a tile in all layers of a window; bytes of a token."""
+    """The forward of a model: FLOPs of a token, of its logits, of a tile in all layers of a window; bytes of a key and its value
+    in the layer of a window that has the most; bytes of a token."""
 
     linear_flops: float
     logits_flops: float
     tile_flops: dict[int | None, int]
+    key_bytes: dict[int | None, int]
     activation_bytes: float
 
 
@@ -206,6 +221,7 @@ def _model(config: PreTrainedConfig) -> _Model:
         linear_flops=flops.get_total_flops() / _PROBE_TOKENS,
         logits_flops=2 * text.hidden_size * text.vocab_size,
         tile_flops=dict(calls.tile_flops),
+        key_bytes=calls.key_bytes,
         activation_bytes=sum(size for storage, size in storages.items() if storage not in weights) / _PROBE_TOKENS,
     )
 
@@ -217,11 +233,14 @@ class _AttentionCalls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.tile_flops = Counter()  # window -> of all its layers
+        self.key_bytes = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.flexmask.blockwise_forward.default:
-            query, _, value, *_, window = args
+            query, key, value, *_, window = args
             self.tile_flops[window] += 2 * query.shape[1] * (query.shape[-1] + value.shape[-1]) * BLOCK_SIZE**2
+            of_key = key.shape[1] * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
+            self.key_bytes[window] = max(of_key, self.key_bytes.get(window, 0))
         if function is torch.ops.flexmask.conv_windows.default:
             subtree_end, width = args
             return tuple(subtree_end.new_empty(shape, dtype=torch.int64) for shape in ((0, width), (0,)))

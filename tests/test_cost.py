@@ -12,6 +12,7 @@ import flexmask.attention
 from flexmask import Pass, TokenTree, cost
 from flexmask.attention import using_backend
 from flexmask.collator import to_inputs
+from flexmask.backends import flash
 from flexmask.mask import block_lists, count_tiles
 
 
@@ -86,6 +87,18 @@ def test_sliding_windows_cost_their_tiles():
     everything = cost(tree, config_of("Mistral", sliding_window=None)).one_pass.attention_flops
     assert windowed / everything == (2 * blocks - 1) / (blocks * (blocks + 1) / 2)
     assert cost(tree, config_of("Gemma3")).one_pass.attention_flops == (windowed + everything) / 2
+
+
+def test_gathered_keys_are_those_of_the_backend():
+    tree = tree_of(3)
+    for window in (None, 24):
+        gathered = flash.sequences(torch.from_numpy(tree.subtree_end)[None], sliding_window=window).read
+        config = config_of("Mistral", sliding_window=window)
+        per_key = config.num_key_value_heads * 2 * config.head_dim * 2
+        found = cost(tree, config)
+        assert found.one_pass.gathered_bytes == len(gathered) * per_key
+        assert found.n_pass.gathered_bytes == int(tree.pass_lengths.max()) * per_key
+        assert "gathered keys, GiB" in str(found)
 
 
 def test_tiles_are_those_of_the_lists():

@@ -413,15 +413,23 @@ def test_the_folder_does_not_pass_for_hugging_faces_kernels():
     DEVICE == "cuda", reason="make kernels-check is for machines without a GPU; the CUDA tests run the kernels"
 )
 def test_pinned_configurations_compile_ahead_of_time():
-    """A sample here (head size 128, Hopper, forward); `make kernels-check` compiles the whole table."""
+    """A sample here (head size 128, Hopper); `make kernels-check` compiles the whole table. Bounds of the instructions of a step
+    are a twentieth above the most that Triton 3.6, 3.7.1 and 3.9 need."""
     code = """
 import torch
 from flexmask_kernels.check import KERNELS, SHARED_MEMORY, TABLE, compile_ahead, usage
-forward = compile_ahead(KERNELS["forward"], TABLE[90, False][128].forward, 90, torch.bfloat16, 128, 128)
-found = usage(forward)
-assert found.shared <= SHARED_MEMORY[90] and found.spilled == 0 and found.tensor_cores == "wgmma", found
+most = {"forward": (402, 489, 560), "dkv": (506, 667), "dq": (363, 452, 523)}
+compiled = {
+    name: compile_ahead(KERNELS[name], getattr(TABLE[90, False][128], name), 90, torch.bfloat16, 128, 128) for name in most
+}
+for name, bounds in most.items():
+    found = usage(compiled[name])
+    assert found.shared <= SHARED_MEMORY[90] and found.tensor_cores == "wgmma", found
+    assert len(found.steps) == len(bounds) and all(n <= bound for n, bound in zip(found.steps, bounds)), (name, found)
+    assert name == "dkv" or found.spilled == 0, (name, found)
 # The bug guarded: with the index loaded in the step that uses it, the loop over full tiles loaded one step ahead only.
-assert forward.asm["ttgir"].count("memdesc<3x64x128xbf16") >= 4 and "memdesc<2x64x128" not in forward.asm["ttgir"]
+text = compiled["forward"].asm["ttgir"]
+assert text.count("memdesc<3x64x128xbf16") >= 4 and "memdesc<2x64x128" not in text
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

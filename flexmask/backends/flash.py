@@ -196,6 +196,11 @@ def _cut(ranges: Ranges, first: int, last: int) -> Ranges:
     return found
 
 
+def gathered_keys(subtree_end: Tensor, *, sliding_window: int | None) -> int:
+    """How many keys are gathered on CUDA for a call with these ends."""
+    return sum(b - a for chain in _chains(subtree_end, sliding_window=sliding_window) for a, b in chain.keys)
+
+
 def _alone(subtree_end: Tensor) -> Tensor:
     """int64, the trees of one token, which is padding. They are one chain and would see each other, so nothing is taken of
     what a kernel computes for them."""

@@ -17,6 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
+import flexmask.loss
 from flexmask import OnePassCollator, Pass, TokenTree, cost, pack, split
 from flexmask.collator import to_batch
 from flexmask.cost import Cost
@@ -36,7 +37,7 @@ class Work:
 def one_pass(conversations: Sequence[Sequence[Pass]], vocab: int, max_tokens: int) -> Work:
     """Trees packed into rows."""
     rows = pack([TokenTree.from_passes(passes) for passes in conversations], max_tokens)
-    return Work("flexmask", _batches(rows, vocab), _counted(rows))
+    return Work("flexmask", _batches(rows, vocab), _counted(rows, keeps_logits=_library_sums()))
 
 
 def in_parts(conversations: Sequence[Sequence[Pass]], vocab: int, parts: int) -> Work:
@@ -52,7 +53,7 @@ def in_parts(conversations: Sequence[Sequence[Pass]], vocab: int, parts: int) ->
         if len(found) != parts:
             raise ValueError(f"the tree cannot be split into {parts} parts by a limit of tokens")
         trees += found
-    return Work("flexmask", _batches(trees, vocab), _counted(trees))
+    return Work("flexmask", _batches(trees, vocab), _counted(trees, keeps_logits=_library_sums()))
 
 
 def sequences(conversations, vocab, max_tokens):
@@ -85,7 +86,7 @@ def padded(conversations, vocab, max_tokens):
 def packed(conversations, vocab, max_tokens):
     """N-pass, passes packed into rows in which no pass sees another, with the loss of one-pass."""
     rows = pack(_single_trees(flat(conversations)), max_tokens)
-    return Work("each-pass", [_one_after_the_other(row) for row in rows], _counted(rows))
+    return Work("each-pass", [_one_after_the_other(row) for row in rows], _counted(rows, keeps_logits=_library_sums()))
 
 
 def packed_trees(conversations, vocab, max_tokens):
@@ -139,6 +140,11 @@ def _counted(trees: Sequence[TokenTree], **how) -> Callable[[PreTrainedConfig], 
     return lambda config: [_cost(tree, config, **how) for tree in trees]
 
 
+def _library_sums() -> bool:
+    """Whether `tree_loss` computes logits once however many there are."""
+    return flexmask.loss._library_loss(DEVICE, DTYPE) is not None
+
+
 def _cost(
     tree: TokenTree,
     config: PreTrainedConfig,
@@ -152,7 +158,7 @@ def _cost(
 
     Args:
         all_logits: logits of every token.
-        keeps_logits: the library's loss, which never computes logits twice.
+        keeps_logits: a loss that never computes logits twice.
         dense: no tile is skipped.
         logits: how many places have logits, if not the targets.
     """

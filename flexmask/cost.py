@@ -34,7 +34,8 @@ class Cost:
         logits: places at which logits are computed.
         linear_flops: of everything that is multiplied with weights, but for the output layer.
         attention_flops: of the 128×128 tiles that hold a visible pair.
-        loss_flops: of the output layer, whose logits are computed twice where they are too many to be kept.
+        loss_flops: of the output layer, whose logits are computed twice where they are too many to be kept (by some libraries'
+            losses they are not, see `flexmask.loss`).
         activation_bytes: kept for the backward, without gradient checkpointing, in bfloat16; without logits, of which a chunk
             is held at a time.
         gathered_bytes: of the keys and values that backend `flash` gathers on CUDA, for one layer at a time, in bfloat16; of

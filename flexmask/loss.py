@@ -21,6 +21,8 @@ from .tree import TokenTree
 # Logits of one chunk: 256 MiB in float32, with their exponentials and gradient a few times that. Each chunk also reads
 # and writes the gradient of the output layer, which with far fewer targets would cost more than their products.
 CHUNK_LOGITS = 2**26
+# Weights of targets that may differ for a sum with gradients that are ready after the forward: thoughts and answers, say.
+MOST_WEIGHTS = 2
 LIGER_VERSION = "0.8.2"  # the first whose losses of single targets have right gradients
 
 
@@ -48,9 +50,8 @@ def tree_loss(model, batch: Mapping[str, Tensor], total_weight: float | Tensor |
         total_weight: by default that of the batch, which makes it a mean. For a mean over several batches (gradient
             accumulation, several ranks) the weight of all of them: `target_weight(batch).sum()` of each.
     """
-    losses = target_losses(model, batch)
-    weight = target_weight(batch).to(losses)
-    return (losses * weight).sum() / (weight.sum() if total_weight is None else total_weight)
+    weight = target_weight(batch)
+    return _losses(model, batch, weight) / (weight.sum() if total_weight is None else total_weight)
 
 
 def target_weight(batch: Mapping[str, Tensor]) -> Tensor:
@@ -65,21 +66,33 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     Where the logits are large, the model runs once up to its last hidden states. If its logits are a linear layer of
     those and nothing else, a library's fused loss takes over: Liger-Kernel on CUDA where it is installed, PyTorch's own
     (2.13) in float32 and float64. Otherwise the model's output layer, with whatever it does to logits (soft-cap, scale,
-    adapters), runs on one chunk of targets after the other. All of them compute logits again in the backward. The
-    gradient of 16-bit weights is summed over chunks in 16 bits, as gradient accumulation sums it.
+    adapters), runs on one chunk of targets after the other. All of them compute logits again in the backward, but for the
+    libraries in `tree_loss` where no more than MOST_WEIGHTS different weights occur: of a sum they have the gradients ready
+    after the forward. The gradient of 16-bit weights is summed over chunks in 16 bits, as gradient
+    accumulation sums it.
 
     Raises:
         TypeError: not a Hugging Face model, nor one around it.
     """
+    return _losses(model, batch, None)
+
+
+def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+    """As `target_losses`; with weights (M,) the weighted sum."""
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
         raise TypeError(f"got a {type(model).__name__}, expected a Hugging Face model")
     device = next(model.parameters()).device
+    weight = None if weight is None else weight.to(device)
+
+    def result(losses: Tensor) -> Tensor:
+        return losses if weight is None else (losses * weight.to(losses)).sum()
+
     batch = {name: x.to(device) for name, x in batch.items() if name not in ("labels", "target_weight")}
     index, targets = batch.pop("logits_to_keep"), batch.pop("shift_labels")[0]
     size = chunk_size(inner.config.get_text_config().vocab_size)
     if len(index) <= size or inner.base_model is inner:
-        return _cross_entropy(model(**batch, logits_to_keep=index, use_cache=False).logits, targets)
+        return result(_cross_entropy(model(**batch, logits_to_keep=index, use_cache=False).logits, targets))
 
     seen = {}  # what the body gave, and what went into and came out of the output layer: for the last target only
     head = inner.get_output_embeddings()
@@ -96,7 +109,9 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
         while hooks:
             hooks.pop().remove()
         if fused is not None:
-            output.loss = fused(states, targets)
+            output.loss = _weighted_sum(fused, states, targets, weight)
+            if output.loss is None:
+                output.loss = result(fused(states, targets))
             return output
 
         def losses_of(last_hidden_state, index, targets):
@@ -105,12 +120,11 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
             with _returning(module.base_model, body):
                 return _cross_entropy(module.forward(*args, **again).logits, targets)
 
-        output.loss = torch.cat(
-            [
-                checkpoint(losses_of, seen["body"].last_hidden_state, i, t, use_reentrant=False)
-                for i, t in zip(index.split(size), targets.split(size))
-            ]
-        )
+        losses = [
+            checkpoint(losses_of, seen["body"].last_hidden_state, i, t, use_reentrant=False)
+            for i, t in zip(index.split(size), targets.split(size))
+        ]
+        output.loss = result(torch.cat(losses))
         return output
 
     hooks = [inner.base_model.register_forward_hook(keep_hidden)]
@@ -151,11 +165,23 @@ def _fused_losses(head, states: Tensor, inputs: Tensor, outputs: Tensor, logits:
     if library is None:
         return None
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
-    return lambda states, targets: library(states.to(dtype), weight, targets, bias)
+    return lambda states, targets, **how: library(states.to(dtype), weight, targets, bias, **how)
+
+
+def _weighted_sum(fused: Callable, states: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Σ weight · loss by sums over targets of the same weight; None without weights, or with many different ones. (Each sum holds
+    a gradient of the output layer until the backward.)"""
+    if weight is None:
+        return None
+    values = weight.unique().tolist()
+    if len(values) > MOST_WEIGHTS:
+        return None
+    sums = [value * fused(states[weight == value], targets[weight == value], reduction="sum") for value in values]
+    return torch.stack(sums).sum()
 
 
 def _library_loss(device: str, dtype: torch.dtype) -> Callable | None:
-    """(states, weight, targets, bias) -> losses in float32 (float64 in float64), by what is installed."""
+    """(states, weight, targets, bias, reduction="none") -> losses in float32 (float64 in float64), by what is installed."""
     if device == "cuda" and dtype != torch.float64 and _has_liger():
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -163,11 +189,11 @@ def _library_loss(device: str, dtype: torch.dtype) -> Callable | None:
     # In 16 bits PyTorch's rounds the losses themselves to 16 bits.
     if dtype in (torch.float32, torch.float64) and hasattr(torch.nn.functional, "linear_cross_entropy"):
 
-        def losses(states, weight, targets, bias):
+        def losses(states, weight, targets, bias, reduction="none"):
             # Its own choice of chunks goes down to one target each, where the vocabulary is much the larger side.
             options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size(len(weight)))
             return torch.nn.functional.linear_cross_entropy(
-                states, weight, targets, linear_bias=bias, reduction="none", options=options
+                states, weight, targets, linear_bias=bias, reduction=reduction, options=options
             )
 
         return losses

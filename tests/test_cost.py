@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import flexmask.attention
 from flexmask import Pass, TokenTree, cost
 from flexmask.attention import using_backend
-from flexmask.collator import to_inputs
 from flexmask.backends import flash
+from flexmask.collator import to_inputs
 from flexmask.mask import block_lists, count_tiles
 
 

@@ -158,7 +158,7 @@ class Library:
     """The implementation that computes losses where logits are large, which is everywhere here, and a count of its calls."""
 
     def __init__(self, name, patch):
-        self.name, self.calls, choose = name, 0, flexmask.loss._library_loss
+        self.name, self.calls, self.reductions, choose = name, 0, set(), flexmask.loss._library_loss
 
         def library_loss(device, dtype):
             # Liger-Kernel is for GPUs; without one it runs in Triton's interpreter.
@@ -169,9 +169,10 @@ class Library:
         patch.setattr(flexmask.loss, "CHUNK_LOGITS", 5 * 512)
 
     def counted(self, losses):
-        def call(*args):
+        def call(*args, **how):
             self.calls += 1
-            return losses(*args)
+            self.reductions.add(how.get("reduction", "none"))
+            return losses(*args, **how)
 
         return call
 
@@ -201,6 +202,29 @@ def test_large_logits_give_the_same_losses_and_gradients(family, library):
     same_gradients(gradients(model), expected_gradients, 1e-6 if library.name == "chunks" else 1e-5)
     assert library.calls == (library.name != "chunks" and family != "Gemma2")
     assert "forward" not in model.base_model.__dict__ and not model._forward_hooks, "the model is left as it was"
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.25], [0.0, 1.0], [3.0, 0.5, 0.0, 1.0]])
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma2"])
+def test_weighted_sums_of_large_logits(family, weights, library):
+    """Of one weight or two the libraries sum, with gradients that are ready after the forward; of more, losses of targets."""
+    model = tiny(family)
+    batch = to_batch(TokenTree.from_passes(conversation_passes(np.random.default_rng(0), 3, 6, 9, 5, 500)))
+    count = batch["shift_labels"].shape[1]
+    if weights is not None:
+        batch["target_weight"] = torch.tensor(weights).repeat(count)[None, :count]
+    plain = {name: x for name, x in batch.items() if name != "target_weight"}
+    weight = target_weight(batch)
+    expected = 0.3 * (plain_losses(model, plain) * weight).sum() / weight.sum()
+    expected.backward()
+    expected_gradients = gradients(model)
+    found = 0.3 * tree_loss(model, batch)
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    same_gradients(gradients(model), expected_gradients, 1e-6 if library.name == "chunks" else 1e-5)
+    fused = library.name != "chunks" and family != "Gemma2"
+    assert library.calls == fused * (2 if weights is not None and len(weights) == 2 else 1)
+    assert library.reductions <= ({"none"} if weights is not None and len(weights) > 2 else {"sum"})
 
 
 @pytest.mark.parametrize("options", [{"logit_scale": 0.3}, {"logit_scale": 1.0}])
@@ -266,7 +290,7 @@ def test_mixed_precision_of_accelerate_reaches_the_library(monkeypatch):
 
     def library_loss(device, dtype):
         asked.append(dtype)
-        return lambda states, weight, targets, bias: torch.nn.functional.cross_entropy(
+        return lambda states, weight, targets, bias, **how: torch.nn.functional.cross_entropy(
             torch.nn.functional.linear(states, weight, bias).float(), targets, reduction="none"
         )
 

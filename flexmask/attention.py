@@ -78,7 +78,7 @@ def tree_attention(
     }
     if backend != "auto":
         return BACKENDS[backend](query, key, value, subtree_end, **arguments)
-    for name in _preferred(query, value):
+    for name in _preferred(query, value, subtree_end, sliding_window):
         try:
             if name in _COMPILED:
                 _probe_backward(name, query, key, value, subtree_end, arguments)
@@ -132,21 +132,31 @@ _ELSEWHERE = ("flash", "blockwise")
 # (compute capability, bytes of the dtype, head sizes up to) -> what goes before "flex": a GPU has shown it exact, and faster
 # forward and backward together in every row of benchmarks/attention.py that it ran.
 _FASTER_THAN_FLEX = {
-    ((9, 0), 2, 128): "triton",  # NVIDIA H200, results/attention_gpu.json and attention_gpu_more.json
+    # NVIDIA H200, results/attention_gpu.json and attention_gpu_more.json. Since then the kernels were changed to issue less
+    # (benchmarks/LOG.md), which no GPU has run.
+    ((9, 0), 2, 128): "triton",
 }
 _COMPILED = ("flex", "triton")
 _broken: dict[str, str] = {}  # backends that could not be compiled under "auto", and why
 _probed: dict[tuple, dict[int, NotImplementedError | None]] = {}  # kind of call -> length -> what came of it
 
 
-def _preferred(query: Tensor, value: Tensor) -> list[str]:
+def _preferred(query: Tensor, value: Tensor, subtree_end: Tensor, sliding_window: int | None) -> list[str]:
     """Backends to try, best first."""
     if not query.is_cuda:
-        return [name for name in _ELSEWHERE if name not in _broken]
+        unfit = () if _flash_fits(subtree_end, sliding_window) else ("flash",)
+        return [name for name in _ELSEWHERE if name not in _broken and name not in unfit]
     here = (torch.cuda.get_device_capability(query.device), query.dtype.itemsize)
     size = max(query.shape[-1], value.shape[-1])
     first = [name for (*kind, largest), name in _FASTER_THAN_FLEX.items() if tuple(kind) == here and size <= largest]
     return [name for name in dict.fromkeys((*first, *_ON_CUDA)) if name not in _broken]
+
+
+def _flash_fits(subtree_end: Tensor, sliding_window: int | None) -> bool:
+    """On a CPU. In compiled code it refuses positions when it is too late to ask another, so it gets no window there."""
+    if torch.compiler.is_compiling():
+        return sliding_window is None
+    return once_per_forward(flash.pays, subtree_end, sliding_window=sliding_window)
 
 
 def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) -> None:

@@ -79,12 +79,12 @@ class Chains:
     @property
     def stop(self) -> np.ndarray:
         """int64[C]: one past the last token of each chain."""
-        return np.append(self.start[1:], self.length)
+        return np.append(self.start, self.length)[1:]
 
     @property
     def run_stop(self) -> np.ndarray:
         """int64[R]: one past the last token of each run."""
-        return np.append(self.run_start[1:], self.length)
+        return np.append(self.run_start, self.length)[1:]
 
     def paths(self) -> list[tuple[tuple[int, int], ...]]:
         """The ancestors of the first token of each chain, as ranges of places [a, b), the root first."""

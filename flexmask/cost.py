@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .attention import using_backend
-from .backends.flash import gathered_keys
+from .backends.flash import gathered_keys, head_size
 from .integrations.transformers import NAME
 from .loss import chunk_size
 from .mask import BLOCK_SIZE, count_tiles
@@ -39,7 +39,8 @@ class Cost:
         activation_bytes: kept for the backward, without gradient checkpointing, in bfloat16; without logits, of which a chunk
             is held at a time.
         gathered_bytes: of the keys and values that backend `flash` gathers on CUDA, for one layer at a time, in bfloat16; of
-            the sequence with the most. Their gradients take as much again.
+            the sequence with the most. In the backward their gradients come beside them, once and, if query heads share keys,
+            once more for each query head.
     """
 
     tokens: int
@@ -240,7 +241,7 @@ class _AttentionCalls(TorchDispatchMode):
         if function is torch.ops.flexmask.blockwise_forward.default:
             query, key, value, *_, window = args
             self.tile_flops[window] += 2 * query.shape[1] * (query.shape[-1] + value.shape[-1]) * BLOCK_SIZE**2
-            of_key = key.shape[1] * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
+            of_key = key.shape[1] * 2 * head_size(key.shape[-1], value.shape[-1]) * key.dtype.itemsize
             self.key_bytes[window] = max(of_key, self.key_bytes.get(window, 0))
         if function is torch.ops.flexmask.conv_windows.default:
             subtree_end, width = args

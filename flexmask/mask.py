@@ -217,12 +217,16 @@ class _Blocks:
         length = subtree_end.shape[1]
         n = -(-length // size)
         place = torch.arange(n * size, device=subtree_end.device).clamp(max=length - 1)
+
+        def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+            return tuple(x[:, place].unflatten(1, (n, size)).aminmax(dim=-1))
+
         first = torch.arange(n, device=subtree_end.device) * size
-        extremes = [
-            x[:, place].unflatten(1, (n, size)).aminmax(dim=-1) for x in (subtree_end, position_ids) if x is not None
-        ]
         return cls(
-            first, (first + size - 1).clamp(max=length - 1), *map(tuple, extremes), *[None] * (2 - len(extremes))
+            first=first,
+            last=(first + size - 1).clamp(max=length - 1),
+            ends=extremes(subtree_end),
+            positions=None if position_ids is None else extremes(position_ids),
         )
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,7 +74,7 @@ def test_blockwise_error_is_at_most_twice_that_of_sdpa_in_the_same_dtype(dtype):
     golden = [x.detach().double().requires_grad_() for x in inputs]
     exact = dense_attention(*golden, visible)
     sdpa = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=visible[:, None], enable_gqa=True)
-    found = tree_attention(*inputs, ends)
+    found = tree_attention(*inputs, ends, backend="blockwise")
     assert found.dtype == dtype
     pairs = [(found, sdpa, exact)]
     pairs += zip(gradients(found, inputs), gradients(sdpa, inputs), gradients(exact, golden), strict=True)
@@ -92,7 +92,7 @@ def test_autocast_rounds_the_inputs_and_nothing_else(sinks):
     def run(autocast):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             tensors = inputs if autocast else [x.bfloat16() for x in inputs[:3]] + inputs[3:]
-            out = tree_attention(*tensors[:3], ends, sinks=s if sinks else None)
+            out = tree_attention(*tensors[:3], ends, sinks=s if sinks else None, backend="blockwise")
             return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
 
     for a, b in zip(run(True), run(False), strict=True):
@@ -137,7 +137,8 @@ def test_padding_sees_itself_only():
 
 
 @needs_linux
-def test_memory_grows_linearly_with_the_length():
+@pytest.mark.parametrize("backend", ["blockwise", "flash"])
+def test_memory_grows_linearly_with_the_length(backend):
     """Measured at two lengths: inputs, outputs, gradients and one tile's work, nothing that grows with L².
 
     One bit per pair would already be 512 MiB at the larger length, where one tensor has 16 MiB.
@@ -150,7 +151,7 @@ def test_memory_grows_linearly_with_the_length():
         )
         ends = torch.from_numpy(tree.subtree_end[:length].clip(max=length))[None]
         q, k, v = (torch.randn(1, 2, length, 32, requires_grad=True) for _ in range(3))
-        tree_attention(q, k, v, ends).sum().backward()
+        tree_attention(q, k, v, ends, backend=backend).sum().backward()
 
     forward_and_backward(4096)  # warm up
     for length in (16384, 65536):

@@ -1,6 +1,6 @@
-"""Whole models on FlexAttention and the Triton kernels against the same models on `blockwise`, in every way people run one.
+"""Whole models on every other backend against the same models on `blockwise`, in every way people run one.
 
-On a GPU both; elsewhere the Triton kernels alone, in Triton's interpreter.
+FlexAttention on a GPU only; elsewhere the Triton kernels run in Triton's interpreter.
 """
 
 import functools
@@ -25,7 +25,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-@pytest.fixture(params=["flex", "triton"] if CUDA else ["triton"])
+@pytest.fixture(params=["flash", "triton", *["flex"] * CUDA])
 def backend(request):
     yield request.param
     flexmask.set_backend("auto")
@@ -40,6 +40,8 @@ def batch_of(turns, sizes=(20, 60, 30)) -> dict:
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma2", "Gemma3", "GptOss"])
 @pytest.mark.parametrize("way", ["plain", "checkpointing", "autocast", "compiled"])
 def test_losses_and_gradients_are_those_of_blockwise(backend, family, way):
+    if backend == "flash" and (family in ("Gemma2", "GptOss") or (CUDA and way != "autocast")):
+        pytest.skip("the backend has neither soft-cap nor sinks, and on CUDA 16 bits only")
     model = tiny(family, head_dim=16).to(DEVICE)
     # In the interpreter several tiles take minutes: they are left to the plain way.
     batch = batch_of((3, 2)) if CUDA else batch_of((2,), (20, 60, 30) if way == "plain" else (8, 25, 10))

@@ -92,10 +92,14 @@ def kernel(request):
     value_dim=st.sampled_from([8, 5, 16]),
     window=st.sampled_from([None, 1, 2, 7, 1000]),
     scale=st.sampled_from([None, 0.3]),
+    layout=st.permutations(range(4)),
 )
-def test_flash_is_dense_attention(kernel, seed, length, batch, kv_heads, value_dim, window, scale):
+def test_flash_is_dense_attention(kernel, seed, length, batch, kv_heads, value_dim, window, scale, layout):
+    """Tensors lie in memory in any order of their dimensions."""
     shapes = {"batch": batch, "kv_heads": kv_heads, "value_dim": value_dim, "dtype": torch.float32}
     *inputs, _, ends, positions, visible = problem(seed, length, **shapes)
+    back = np.argsort(layout).tolist()
+    inputs = [x.detach().permute(layout).contiguous().permute(back).requires_grad_() for x in inputs]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash, "_BLOCK", 5)
         options = {"sliding_window": window, "position_ids": positions, "scale": scale}
@@ -145,6 +149,9 @@ def test_operators_satisfy_pytorch():
     *inputs, _, ends, positions, _ = problem(1, 20, dtype=torch.float32)
     for window in (None, 5):
         torch.library.opcheck(flash._forward, (*inputs, ends, positions, 0.5, window))
+        q, k, v = (x.detach() for x in inputs)
+        out, lse = flash._forward(q, k, v, ends, positions, 0.5, window)
+        torch.library.opcheck(flash._backward, (torch.randn_like(out), q, k, v, out, lse, ends, 0.5, window))
 
 
 def test_compiled_in_one_graph():
@@ -154,6 +161,26 @@ def test_compiled_in_one_graph():
     close(found, expected, 1e-6)
     for a, b in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
         close(a, b, 2e-6)
+
+
+def test_compiled_with_positions_that_are_not_counted():
+    """Found: what can be told from the values of positions only was refused when nobody else could be asked any more."""
+    *inputs, _, ends, positions, visible = problem(3, 70, dtype=torch.float32)
+    for of_window in (positions, positions // 4 * 4):
+        torch._dynamo.reset()
+        options = {"sliding_window": 4, "position_ids": of_window}
+        compiled = torch.compile(lambda *x, options=options: tree_attention(*x, ends, **options), backend="aot_eager")
+        close(compiled(*inputs), dense_attention(*inputs, visible, window=4, positions=of_window), 1e-6)
+    with pytest.raises(NotImplementedError, match="position_ids"):
+        torch.compile(
+            lambda *x: tree_attention(*x, ends, sliding_window=4, position_ids=positions // 4 * 4, backend="flash"),
+            backend="aot_eager",
+        )(*inputs)
+
+
+def test_a_batch_of_no_rows():
+    *inputs, _, ends, _, _ = problem(3, 70, dtype=torch.float32)
+    assert tree_attention(*(x[:0] for x in inputs), ends[:0]).shape == (0, 4, 70, 8)
 
 
 def test_what_it_cannot_do_is_refused():
@@ -168,7 +195,7 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(NotImplementedError, match="float64"):
         tree_attention(*(x.double() for x in inputs), ends, backend="flash")
     wide = [torch.randn(1, 2, 20, 257) for _ in range(3)]
-    with pytest.raises(NotImplementedError, match="head size of 264"):
+    with pytest.raises(NotImplementedError, match="head size of 257"):
         tree_attention(*wide, ends, backend="flash")
 
 
@@ -217,16 +244,26 @@ def test_memory_is_linear():
 def test_the_order_of_backends(monkeypatch):
     """On a CPU; on CUDA, and there where one was measured faster; and who answers."""
     module = flexmask.attention
-    *inputs, _, ends, _positions, _ = problem(0, 20, dtype=torch.float32)
+    *inputs, _, ends, _, _ = problem(0, 20, dtype=torch.float32)
     asked = []
     for name, backend in list(module.BACKENDS.items()):
         monkeypatch.setitem(
             module.BACKENDS, name, lambda *a, name=name, backend=backend, **k: asked.append(name) or backend(*a, **k)
         )
+    ends = torch.full_like(ends, 20)
+    monkeypatch.setattr(flash, "_LEAST_QUERIES", 20)
     tree_attention(*inputs, ends)
     tree_attention(*inputs, ends, softcap=2.0)
     tree_attention(*(x.double() for x in inputs), ends)
     assert asked == ["flash", "flash", "blockwise", "flash", "blockwise"]
+    asked.clear()
+    positions = torch.arange(20)[None]
+    tree_attention(*inputs, ends, sliding_window=21, position_ids=positions)  # blocks of 20 queries
+    tree_attention(*inputs, ends, sliding_window=20, position_ids=positions)
+    ends[:, 10:] = torch.arange(11, 21)  # padding does not count
+    ends[:, :10] = 10
+    tree_attention(*inputs, ends)
+    assert asked == ["flash", "blockwise", "blockwise"]
 
     class Query:
         is_cuda, device = True, torch.device("cuda")
@@ -236,10 +273,10 @@ def test_the_order_of_backends(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     rest = ["flex", "triton", "flash", "blockwise"]
-    assert module._preferred(Query(128), Query(64)) == ["triton", "flex", "flash", "blockwise"]
-    assert module._preferred(Query(64), Query(192)) == rest
-    assert module._preferred(Query(64, torch.float32), Query(64, torch.float32)) == rest
+    assert module._preferred(Query(128), Query(64), ends, None) == ["triton", "flex", "flash", "blockwise"]
+    assert module._preferred(Query(64), Query(192), ends, None) == rest
+    assert module._preferred(Query(64, torch.float32), Query(64, torch.float32), ends, None) == rest
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert module._preferred(Query(128), Query(64)) == rest
+    assert module._preferred(Query(128), Query(64), ends, None) == rest
     monkeypatch.setattr(module, "_broken", {"flex": "no compiler"})
-    assert module._preferred(Query(128), Query(64)) == rest[1:]
+    assert module._preferred(Query(128), Query(64), ends, None) == rest[1:]

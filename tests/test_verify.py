@@ -75,15 +75,15 @@ def test_faults_are_found(monkeypatch, family, change):
 
 def test_wrong_gradients_are_found(monkeypatch):
     """Planted fault: right losses, and a backward that forgets part of dk."""
-    from flexmask.backends import blockwise
+    from flexmask.backends import flash
 
-    right = blockwise._backward
+    right = flash._backward
 
     def wrong(*args):
-        dq, dk, dv, ds = right(*args)
-        return dq, 0.9 * dk, dv, ds
+        dq, dk, dv = right(*args)
+        return dq, 0.9 * dk, dv
 
-    monkeypatch.setattr(blockwise, "_backward", wrong)
+    monkeypatch.setattr(flash, "_backward", wrong)
     report = verify(tiny("Qwen3"))
     assert report.loss_difference < 1e-5 and not report
     assert verify(tiny("Qwen3"), gradients=False), "without gradients the fault cannot show"

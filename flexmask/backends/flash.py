@@ -6,17 +6,17 @@ of the sequence, and ancestors beyond it are not touched. Gradients of keys, whi
 float32 in a fixed order.
 
 On CUDA a row is one call of the variable-length kernel. It wants the keys of a sequence side by side, so those of all chains
-are gathered into one tensor, each after its ancestors'; it lives during the call, and is made again for the backward. The
-most it can be: 24 steps of an agent (30,000 tokens) gather 190,000 keys, a thousand forks off one beginning a thousand times
-that beginning. Repeatability is that of the kernel: FlashAttention 2 adds up the gradients of queries in any order, unless
-`torch.use_deterministic_algorithms(True)`. Its forward repeats bit by bit, and so does everything on a CPU.
+are gathered into one tensor, each after its ancestors'; it lives during the call, and is made again for the backward, where
+the kernel takes their gradients as well, for each query head if those share keys. The most it can be: 24 steps of an agent
+(30,000 tokens) gather 190,000 keys; a thousand forks off one beginning, a thousand times that beginning, whose gradients are
+then added up in a thousand steps. Repeatability is that of the kernel: FlashAttention 2 adds up the gradients of queries in
+any order, unless `torch.use_deterministic_algorithms(True)`. Its forward repeats bit by bit, and so does everything on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ _MULTIPLE = 8  # of which FlashAttention takes head sizes
 # Queries that are computed at once on a CPU, of groups and of windows. More of them means fewer calls, and more of their work
 # in causal and masked pieces, which are slower than whole ones.
 _BLOCK = 256
+_LEAST_QUERIES = 32  # of a call, on average, on a CPU: see `pays`
 
 
 def attention(
@@ -50,24 +51,52 @@ def attention(
 
     Raises:
         NotImplementedError: float64, or on CUDA float32; soft-cap, sinks, head sizes above 256; a window that is not counted
-            in positions along paths.
+            in positions along paths; a device that has no such kernel; while a CUDA graph is captured.
     """
-    head_dim, value_dim = query.shape[-1], value.shape[-1]
-    size = -(-max(head_dim, value_dim) // _MULTIPLE) * _MULTIPLE
+    head_dim, value_dim, device = query.shape[-1], value.shape[-1], query.device
     for what, unsupported in (
         ("float64", query.dtype == torch.float64),
-        (f"{query.dtype} on {query.device.type}", query.is_cuda and query.dtype == torch.float32),
+        (f"{query.dtype} on cuda", query.is_cuda and query.dtype == torch.float32),
         ("a soft-cap", softcap is not None),
         ("sinks", sinks is not None),
-        (f"a head size of {size}", size > MAX_HEAD_DIM),
+        (f"a head size of {max(head_dim, value_dim)}", max(head_dim, value_dim) > MAX_HEAD_DIM),
+        ("an empty batch", not query.numel()),
+        (f"attention on {device.type}", device.type not in ("cpu", "cuda") or torch.version.hip is not None),
+        ("this GPU, or PyTorch was built without FlashAttention", query.is_cuda and not _has_flash_attention(device)),
+        ("CUDA graphs", query.is_cuda and torch.cuda.is_current_stream_capturing()),
     ):
         if unsupported:
             raise NotImplementedError(f"backend 'flash' cannot do {what}; backend 'blockwise' can")
-    query, key, value = (pad(x, (0, size - x.shape[-1])) for x in (query, key, value))  # nothing is done where they fit
+    if not torch.compiler.is_compiling():
+        _check_positions(subtree_end, position_ids)  # before anything is copied
+    size = head_size(head_dim, value_dim)
+    query, key, value = (x if x.shape[-1] == size else pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
     return _forward(query, key, value, subtree_end, position_ids, scale, sliding_window)[0][..., :value_dim]
 
 
-@torch.library.custom_op("flexmask::flash_forward", mutates_args=())
+def head_size(head_dim: int, value_dim: int) -> int:
+    """The kernels know one size, of queries, keys and values."""
+    return -(-max(head_dim, value_dim) // _MULTIPLE) * _MULTIPLE
+
+
+def _has_flash_attention(device: torch.device) -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def pays(subtree_end: Tensor, *, sliding_window: int | None) -> bool:
+    """Whether a CPU gains by it: each call of the kernel costs the same however few queries it has. Measured on two cores
+    (benchmarks/LOG.md), a call of 50 is faster than `blockwise`, one of 20 slower."""
+    row = once_per_forward(_chains, subtree_end, sliding_window=sliding_window)
+    lengths = [chain.stop - chain.start for chain in row if not chain.alone]
+    step = _BLOCK if sliding_window is None else _window_step(sliding_window)
+    return sum(lengths) >= _LEAST_QUERIES * sum(-(-n // step) for n in lengths)
+
+
+# It reads subtree_end, which no CUDA graph can.
+_unsafe = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+@torch.library.custom_op("flexmask::flash_forward", mutates_args=(), **_unsafe)
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -94,7 +123,7 @@ def _(query, key, value, subtree_end, position_ids, scale, sliding_window):
     return out, query.new_empty(heads, batch * length, dtype=torch.float32)
 
 
-@torch.library.custom_op("flexmask::flash_backward", mutates_args=())
+@torch.library.custom_op("flexmask::flash_backward", mutates_args=(), **_unsafe)
 def _backward(
     grad_out: Tensor,
     query: Tensor,
@@ -135,7 +164,9 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _tokens_first(x: Tensor) -> Tensor:
-    return rearrange(x, "b h l d -> (b l) h d")
+    """The kernels take any strides but in the last dimension."""
+    x = rearrange(x, "b h l d -> (b l) h d")
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _heads_first(x: Tensor, like: Tensor) -> Tensor:
@@ -168,20 +199,25 @@ Ranges = list[tuple[int, int]]
 @dataclass(frozen=True)
 class _Chain:
     """Queries start … stop, the rows of a batch put one after the other, and the places of their keys: of ancestors, as far as
-    the window of the first query reaches, and of the chain itself."""
+    the window of the first query reaches, and of the chain itself.
+
+    Trees of one token, which is padding, are one chain (`alone`) and would see each other, so nothing is taken of what a kernel
+    computes for them."""
 
     start: int
     stop: int
     keys: Ranges
+    alone: bool
 
 
 def _chains(subtree_end: Tensor, *, sliding_window: int | None) -> list[_Chain]:
-    row, found = chains(subtree_end), []
-    for path, start, stop in zip(row.paths(), row.start.tolist(), row.stop.tolist(), strict=True):
+    row, found = once_per_forward(chains, subtree_end), []
+    alone = np.isin(row.start, row.alone).tolist()
+    for path, start, stop, of_one in zip(row.paths(), row.start.tolist(), row.stop.tolist(), alone, strict=True):
         keys, count = [*path, (start, stop)], sum(b - a for a, b in path) + stop - start
         if sliding_window is not None:
             keys = _cut(keys, max(0, count - (stop - start) - (sliding_window - 1)), count)
-        found.append(_Chain(start, stop, keys))
+        found.append(_Chain(start, stop, keys, of_one))
     return found
 
 
@@ -202,9 +238,8 @@ def gathered_keys(subtree_end: Tensor, *, sliding_window: int | None) -> int:
 
 
 def _alone(subtree_end: Tensor) -> Tensor:
-    """int64, the trees of one token, which is padding. They are one chain and would see each other, so nothing is taken of
-    what a kernel computes for them."""
-    return torch.from_numpy(chains(subtree_end).alone).to(subtree_end.device)
+    """int64, the trees of one token."""
+    return torch.from_numpy(once_per_forward(chains, subtree_end).alone).to(subtree_end.device)
 
 
 # --------------------------------------------------------------------------------------------------------------- CUDA
@@ -252,7 +287,7 @@ def sequences(subtree_end: Tensor, *, sliding_window: int | None) -> Sequences:
     times = np.empty_like(place)  # a key was gathered before
     times[order] = place - first
     by_times = np.argsort(times, kind="stable")
-    rounds = np.split(by_times, np.bincount(times).cumsum()[:-1])
+    sizes = np.bincount(times).tolist()
 
     def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(subtree_end.device)
@@ -264,7 +299,7 @@ def sequences(subtree_end: Tensor, *, sliding_window: int | None) -> Sequences:
         keys=tensor(starts[:, 1].copy()),
         longest=tuple(lengths.max(0).tolist()),
         read=tensor(read),
-        rounds=[(tensor(places), tensor(read[places])) for places in rounds],
+        rounds=list(zip(*(tensor(x).split(sizes) for x in (by_times, read[by_times])), strict=True)),
     )
 
 
@@ -312,15 +347,16 @@ class _Cpu:
 
     @staticmethod
     def forward(q, k, v, subtree_end: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+        out, lse = q.new_empty(q.shape), q.new_zeros(q.shape[1], len(q), dtype=torch.float32)
         together = _together(q, k)
         for queries, pieces in _pieces(once_per_forward(_chains, subtree_end, sliding_window=window), window, together):
             of_block, merged, norm = _grouped(q[queries], k), None, None
-            for keys, options in pieces:
-                heads = _Heads.of(of_block, together and options is _whole)
+            for piece in pieces:
+                heads = _Heads(of_block.shape[1], together and piece.kind == "whole")
                 part, part_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    heads.queries(of_block), *(heads.keys(_gather(x, keys)) for x in (k, v)), **options(q), scale=scale
-                )
+                    heads.queries(of_block), *(heads.keys(_gather(x, piece.keys)) for x in (k, v)),
+                    **piece.options(of_block), scale=scale,
+                )  # fmt: skip
                 part, part_norm = heads.back(part), part_norm.view(of_block.shape[:3])
                 if merged is None:
                     merged, norm = part, part_norm
@@ -340,16 +376,16 @@ class _Cpu:
         for queries, pieces in _pieces(once_per_forward(_chains, subtree_end, sliding_window=window), window, together):
             of_block = [_grouped(x[queries].float(), k) for x in (do, q, out)]
             norm = lse[:, queries].contiguous()
-            for keys, options in pieces:
-                heads = _Heads.of(of_block[0], together and options is _whole)
+            for piece in pieces:
+                heads = _Heads(of_block[0].shape[1], together and piece.kind == "whole")
                 of_queries = [heads.queries(x) for x in of_block]
                 found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    *of_queries[:2], *(heads.keys(_gather(x, keys)) for x in (k, v)), of_queries[2],
-                    norm.view(of_queries[0].shape[:3]), 0.0, **options(dq), scale=scale,
+                    *of_queries[:2], *(heads.keys(_gather(x, piece.keys)) for x in (k, v)), of_queries[2],
+                    norm.view(of_queries[0].shape[:3]), 0.0, **piece.options(of_block[0]), scale=scale,
                 )  # fmt: skip
                 dq[queries] += rearrange(heads.back(found[0]), "g r n d -> n (g r) d")
                 for total, x in zip((dk, dv), found[1:], strict=True):
-                    _add(total, keys, rearrange(x.sum(1), "g m d -> m g d"))
+                    _add(total, piece.keys, rearrange(x.sum(1), "g m d -> m g d"))
         return dq, dk, dv
 
 
@@ -364,10 +400,6 @@ class _Heads:
 
     each: int
     together: bool
-
-    @classmethod
-    def of(cls, grouped: Tensor, together: bool) -> _Heads:
-        return cls(grouped.shape[1], together)
 
     def queries(self, x: Tensor) -> Tensor:
         return rearrange(x, "g r n d -> g 1 (r n) d") if self.together else x
@@ -394,42 +426,45 @@ def _add(total: Tensor, ranges: Ranges, addend: Tensor) -> None:
         total[a:b] += piece
 
 
-def _pieces(
-    row: list[_Chain], window: int | None, together: bool
-) -> Iterator[tuple[slice, list[tuple[Ranges, Callable]]]]:
-    """Queries, and the keys they see piece by piece, with what the kernel is told of each."""
+@dataclass(frozen=True)
+class _Piece:
+    """Keys that a block of queries sees "whole", as its own places ("causal"), or through the "edge" of its window, which hides
+    the first hidden + i of them from query i."""
+
+    keys: Ranges
+    kind: str
+    hidden: int = 0
+
+    def options(self, q: Tensor) -> dict:
+        """What the operator is told, for (…, n, D) queries."""
+        if self.kind != "edge":
+            return {"is_causal": self.kind == "causal"}
+        mask = q.new_full((q.shape[-2], sum(b - a for a, b in self.keys)), -torch.inf).tril_(self.hidden - 1)
+        return {"is_causal": False, "attn_mask": mask[None, None]}
+
+
+def _pieces(row: list[_Chain], window: int | None, together: bool) -> Iterator[tuple[slice, list[_Piece]]]:
+    """Blocks of queries, and what they see, piece by piece."""
     for chain in row:
+        if chain.alone:
+            continue
         n, m = chain.stop - chain.start, sum(b - a for a, b in chain.keys)
-        step = _BLOCK if together else n
-        step = step if window is None else max(1, min(_BLOCK, window - 1))
+        step = _window_step(window) if window is not None else _BLOCK if together else n
         for first in range(0, n, step):
             last = min(first + step, n)
             a, b = first + m - n, last + m - n  # their own keys, among those of the chain
-            pieces, whole = [(a, b, _causal)], 0
+            pieces, whole = [_Piece(_cut(chain.keys, a, b), "causal")], 0
             if window is not None:
                 reached, whole = (max(0, query - window + 1) for query in (a, b - 1))
                 if reached < whole:
                     # Query a + i sees the keys from a + i - window + 1 on. One more, which all see, so that nobody sees none.
-                    hidden = a - window + 1 - reached
                     whole += 1
-                    pieces.append((reached, whole, partial(_edge, queries=b - a, keys=whole - reached, hidden=hidden)))
+                    pieces.append(_Piece(_cut(chain.keys, reached, whole), "edge", a - window + 1 - reached))
             if whole < a:
-                pieces.append((whole, a, _whole))
-            yield (
-                slice(chain.start + first, chain.start + last),
-                [(_cut(chain.keys, low, high), options) for low, high, options in pieces],
-            )
+                pieces.append(_Piece(_cut(chain.keys, whole, a), "whole"))
+            yield slice(chain.start + first, chain.start + last), pieces
 
 
-def _causal(q: Tensor) -> dict:
-    return {"is_causal": True}
-
-
-def _whole(q: Tensor) -> dict:
-    return {"is_causal": False}
-
-
-def _edge(q: Tensor, *, queries: int, keys: int, hidden: int) -> dict:
-    """Hides the first hidden + i keys from query i."""
-    mask = q.new_full((queries, keys), -torch.inf).tril_(hidden - 1)
-    return {"is_causal": False, "attn_mask": mask[None, None]}
+def _window_step(window: int) -> int:
+    """Queries of a block that share a key which all of them see."""
+    return max(1, min(_BLOCK, window - 1))

@@ -65,11 +65,14 @@ class DeferredMask:
             kind = "has exceptions of its own (for images, say)"
         if kind:
             raise _refuse(config, f"its attention mask {kind}")
-        if size is None or size == getattr(config, "sliding_window", None):
-            return size, None
-        if size == getattr(config, "attention_chunk_size", None):
-            return None, size
-        raise _refuse(config, f"its attention mask reaches {size} tokens, which is neither its window nor its chunk")
+        window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        if size is None:
+            return None, None
+        if (size == window) == (size == chunk):
+            raise _refuse(
+                config, f"its attention mask reaches {size} tokens, with a window of {window} and chunks of {chunk}"
+            )
+        return (size, None) if size == window else (None, size)
 
 
 def _mask_function(**arguments) -> Tensor | DeferredMask | None:
@@ -137,7 +140,8 @@ def _at_temperature(module, query: Tensor, subtree_end: Tensor) -> Tensor:
         return torch.log1p(torch.floor((positions.float() + 1) / module.floor_scale)) * module.attn_scale + 1
 
     places = torch.arange(query.shape[2], device=query.device)
-    factor = scale(once_per_forward(depths, subtree_end)) / scale(places)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    factor = scale(once_per_forward(depths, subtree_end)).to(exact) / scale(places).to(exact)
     return (query * factor[:, None, :, None]).to(query.dtype)
 
 

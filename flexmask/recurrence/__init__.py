@@ -62,7 +62,7 @@ def _windows(subtree_end: Tensor, *, width: int) -> tuple[Tensor, Tensor]:
 def _windows_of(subtree_end: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """What the filter covers where it is not what lies to the left: int64 (T, width), with the number of tokens of the batch
     where there is nothing; and which tokens these are, int64 (T,)."""
-    row = chains(subtree_end)
+    row = once_per_forward(chains, subtree_end)
     within = np.arange(width - 1)
     places = row.start[:, None] + within
     places = places[(places < row.stop[:, None]) & (places > within)]  # before the first chain there are zeros anyhow

@@ -284,7 +284,7 @@ def _plan_for(gate: Tensor, subtree_end: Tensor) -> _Plan:
 
 
 def _plan(subtree_end: Tensor, *, size: int) -> _Plan:
-    row = chains(subtree_end)
+    row = once_per_forward(chains, subtree_end)
     chunks = -(-(row.run_stop - row.run_start) // size)  # of each run
     depth_of_run = []
     for parent in row.run_parent.tolist():

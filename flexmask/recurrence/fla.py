@@ -289,7 +289,7 @@ class _Plan:
 
 
 def _plan(subtree_end: Tensor) -> _Plan:
-    row = chains(subtree_end)
+    row = once_per_forward(chains, subtree_end)
     runs = np.argsort(row.run_level, kind="stable")
     length = (row.run_stop - row.run_start)[runs]
     starts = np.append(0, length.cumsum())

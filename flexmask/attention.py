@@ -144,8 +144,8 @@ _probed: dict[tuple, dict[int, NotImplementedError | None]] = {}  # kind of call
 def _preferred(query: Tensor, value: Tensor, subtree_end: Tensor, sliding_window: int | None) -> list[str]:
     """Backends to try, best first."""
     if not query.is_cuda:
-        unfit = () if _flash_fits(subtree_end, sliding_window) else ("flash",)
-        return [name for name in _ELSEWHERE if name not in _broken and name not in unfit]
+        fits = query.device.type == "cpu" and _flash_fits(subtree_end, sliding_window)
+        return [name for name in _ELSEWHERE if name not in _broken and (fits or name != "flash")]
     here = (torch.cuda.get_device_capability(query.device), query.dtype.itemsize)
     size = max(query.shape[-1], value.shape[-1])
     first = [name for (*kind, largest), name in _FASTER_THAN_FLEX.items() if tuple(kind) == here and size <= largest]

@@ -8,7 +8,7 @@ float32 in a fixed order.
 On CUDA a row is one call of the variable-length kernel. It wants the keys of a sequence side by side, so those of all chains
 are gathered into one tensor, each after its ancestors'; it lives during the call, and is made again for the backward, where
 the kernel takes their gradients as well, for each query head if those share keys. The most it can be: 24 steps of an agent
-(30,000 tokens) gather 190,000 keys; a thousand forks off one beginning, a thousand times that beginning, whose gradients are
+(22,000 tokens) gather 180,000 keys; a thousand forks off one beginning, a thousand times that beginning, whose gradients are
 then added up in a thousand steps. Repeatability is that of the kernel: FlashAttention 2 adds up the gradients of queries in
 any order, unless `torch.use_deterministic_algorithms(True)`. Its forward repeats bit by bit, and so does everything on a CPU.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import signature
 
 import numpy as np
 import torch
@@ -54,22 +55,23 @@ def attention(
             in positions along paths; a device that has no such kernel; while a CUDA graph is captured.
     """
     head_dim, value_dim, device = query.shape[-1], value.shape[-1], query.device
-    for what, unsupported in (
-        ("float64", query.dtype == torch.float64),
-        (f"{query.dtype} on cuda", query.is_cuda and query.dtype == torch.float32),
-        ("a soft-cap", softcap is not None),
-        ("sinks", sinks is not None),
-        (f"a head size of {max(head_dim, value_dim)}", max(head_dim, value_dim) > MAX_HEAD_DIM),
-        ("an empty batch", not query.numel()),
-        (f"attention on {device.type}", device.type not in ("cpu", "cuda") or torch.version.hip is not None),
-        ("this GPU, or PyTorch was built without FlashAttention", query.is_cuda and not _has_flash_attention(device)),
-        ("CUDA graphs", query.is_cuda and torch.cuda.is_current_stream_capturing()),
+    size = max(head_dim, value_dim)
+    no_kernel = device.type not in ("cpu", "cuda") or (query.is_cuda and not _has_flash_attention(device))
+    for what, unsupported, who in (
+        ("float64", query.dtype == torch.float64, "blockwise"),
+        (f"{query.dtype} on cuda", query.is_cuda and query.dtype == torch.float32, "blockwise"),
+        ("a soft-cap", softcap is not None, "blockwise"),
+        ("sinks", sinks is not None, "blockwise"),
+        (f"a head size of {size}", size > MAX_HEAD_DIM, "blockwise"),
+        ("an empty batch", not query.numel(), "blockwise"),
+        (f"attention on this {device.type} device, for which PyTorch has no FlashAttention", no_kernel, "blockwise"),
+        ("CUDA graphs", query.is_cuda and torch.cuda.is_current_stream_capturing(), "triton"),
     ):
         if unsupported:
-            raise NotImplementedError(f"backend 'flash' cannot do {what}; backend 'blockwise' can")
+            raise NotImplementedError(f"backend 'flash' cannot do {what}; backend '{who}' can")
     if not torch.compiler.is_compiling():
         _check_positions(subtree_end, position_ids)  # before anything is copied
-    size = head_size(head_dim, value_dim)
+    size = head_size(head_dim, value_dim)  # of the kernel
     query, key, value = (x if x.shape[-1] == size else pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
     return _forward(query, key, value, subtree_end, position_ids, scale, sliding_window)[0][..., :value_dim]
 
@@ -80,6 +82,9 @@ def head_size(head_dim: int, value_dim: int) -> int:
 
 
 def _has_flash_attention(device: torch.device) -> bool:
+    # ROCm's passes for CUDA, and takes a window of -1 on the left for one.
+    if torch.version.hip is not None:
+        return False
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -93,7 +98,8 @@ def pays(subtree_end: Tensor, *, sliding_window: int | None) -> bool:
 
 
 # It reads subtree_end, which no CUDA graph can.
-_unsafe = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+_takes_tags = hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in signature(torch.library.custom_op).parameters
+_unsafe = {"tags": (torch.Tag.cudagraph_unsafe,)} if _takes_tags else {}
 
 
 @torch.library.custom_op("flexmask::flash_forward", mutates_args=(), **_unsafe)
@@ -339,7 +345,8 @@ class _Cpu:
     them, as a whole. It knows no window; there an edge is masked.
 
     The pieces of the forward are put together by their log-sum-exps; a backward that is given the output and log-sum-exp
-    of the whole gives the gradients of the whole. 16 bits are forward only: the backward is computed in float32.
+    of the whole gives the gradients of the whole. The operator's backward in 16 bits is several times slower than in float32,
+    unless the processor has products of its own for them: elsewhere it is computed in float32.
 
     The operator knows no groups either. Queries of a group lie below each other as one head where all of them see all keys,
     and each beside the same keys, without a copy of them, elsewhere.
@@ -371,10 +378,11 @@ class _Cpu:
     @staticmethod
     def backward(do, q, k, v, out, lse, subtree_end: Tensor, scale: float, window: int | None) -> tuple[Tensor, ...]:
         dq, dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
-        k, v = k.float(), v.float()  # once, and not for every piece
+        dtype = q.dtype if _has_products_of(q.dtype) else torch.float32
+        k, v = k.to(dtype), v.to(dtype)  # once, and not for every piece
         together = _together(q, k)
         for queries, pieces in _pieces(once_per_forward(_chains, subtree_end, sliding_window=window), window, together):
-            of_block = [_grouped(x[queries].float(), k) for x in (do, q, out)]
+            of_block = [_grouped(x[queries].to(dtype), k) for x in (do, q, out)]
             norm = lse[:, queries].contiguous()
             for piece in pieces:
                 heads = _Heads(of_block[0].shape[1], together and piece.kind == "whole")
@@ -385,8 +393,13 @@ class _Cpu:
                 )  # fmt: skip
                 dq[queries] += rearrange(heads.back(found[0]), "g r n d -> n (g r) d")
                 for total, x in zip((dk, dv), found[1:], strict=True):
-                    _add(total, piece.keys, rearrange(x.sum(1), "g m d -> m g d"))
+                    _add(total, piece.keys, rearrange(x.sum(1, dtype=torch.float32), "g m d -> m g d"))
         return dq, dk, dv
+
+
+def _has_products_of(dtype: torch.dtype) -> bool:
+    """Of Intel's AMX, which PyTorch tells of in private."""
+    return dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def _together(q: Tensor, k: Tensor) -> bool:

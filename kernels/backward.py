@@ -10,7 +10,7 @@ load of them needs a bound.
 import triton
 import triton.language as tl
 
-from .tiles import DIAGONAL, FULL, LEFT, capped, listed, load_tile, log2_factor, store_tile
+from .tiles import DIAGONAL, FULL, capped, key_tiles, listed, load_tile, log2_factor, store_tile
 
 
 @triton.jit(do_not_specialize=["heads", "length", "blocks"])
@@ -129,14 +129,9 @@ def dq_kernel(
     PARTS: tl.constexpr = LIST_BLOCK // BLOCK_N
     line = batch * blocks + start_m // LIST_BLOCK
     for PART in tl.static_range(3):
-        if PART == FULL:
-            at, num = listed(full_kv_begin, full_kv_indices, line)
-            block, steps = tl.load(at), num * PARTS
-        elif PART == LEFT:
-            at, num = listed(kv_begin, kv_indices, line)
-            block, steps = tl.load(at), (num - 1) * PARTS  # the last one is on the diagonal
-        else:  # as far as the last query sees
-            block, steps = start_m // LIST_BLOCK, (start_m % LIST_BLOCK + BLOCK_M + BLOCK_N - 1) // BLOCK_N
+        at, block, steps = key_tiles(
+            kv_begin, kv_indices, full_kv_begin, full_kv_indices, line, start_m, LIST_BLOCK, BLOCK_M, BLOCK_N, PART
+        )
         for i in range(0, steps):
             start_n = block * LIST_BLOCK + i % PARTS * BLOCK_N
             if PART != DIAGONAL:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import DIAGONAL, FULL, LEFT, LOG2_E, LOWEST, capped, listed, load_tile, log2_factor, store_tile
+from .tiles import DIAGONAL, FULL, LOG2_E, LOWEST, capped, key_tiles, load_tile, log2_factor, store_tile
 
 
 # One compilation serves every length. Strides stay specialised: their divisibility decides the width of loads.
@@ -51,14 +51,9 @@ def forward_kernel(
     PARTS: tl.constexpr = LIST_BLOCK // BLOCK_N
     line = batch * blocks + start_m // LIST_BLOCK
     for PART in tl.static_range(3):
-        if PART == FULL:
-            at, num = listed(full_kv_begin, full_kv_indices, line)
-            block, steps = tl.load(at), num * PARTS
-        elif PART == LEFT:
-            at, num = listed(kv_begin, kv_indices, line)
-            block, steps = tl.load(at), (num - 1) * PARTS  # the last one is on the diagonal
-        else:  # as far as the last query sees
-            block, steps = start_m // LIST_BLOCK, (start_m % LIST_BLOCK + BLOCK_M + BLOCK_N - 1) // BLOCK_N
+        at, block, steps = key_tiles(
+            kv_begin, kv_indices, full_kv_begin, full_kv_indices, line, start_m, LIST_BLOCK, BLOCK_M, BLOCK_N, PART
+        )
         for i in range(0, steps):
             start_n = block * LIST_BLOCK + i % PARTS * BLOCK_N
             # The next one. Loaded in the step that needs it, the index would halve the distance at which the compiler

@@ -19,6 +19,25 @@ def listed(begin, indices, line):
 
 
 @triton.jit
+def key_tiles(
+    kv_begin, kv_indices, full_kv_begin, full_kv_indices, line, start_m,
+    LIST_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """What queries from start_m on read in a part: where its blocks of keys are listed, the first, and how many tiles."""
+    PARTS: tl.constexpr = LIST_BLOCK // BLOCK_N
+    if PART == FULL:
+        at, num = listed(full_kv_begin, full_kv_indices, line)
+        block, steps = tl.load(at), num * PARTS
+    elif PART == LEFT:
+        at, num = listed(kv_begin, kv_indices, line)
+        block, steps = tl.load(at), (num - 1) * PARTS  # the last one is on the diagonal
+    else:  # as far as the last query sees
+        at, block = kv_indices, start_m // LIST_BLOCK
+        steps = (start_m % LIST_BLOCK + BLOCK_M + BLOCK_N - 1) // BLOCK_N
+    return at, block, steps
+
+
+@triton.jit
 def load_tile(
     base, start, stride, length, BLOCK: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr
 ):

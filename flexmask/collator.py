@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .mask import BLOCK_SIZE
 from .messages import ConversationError
+from .packing import join
 from .passes import Pass, render_conversation
 from .tree import LOSS_REDUCTIONS, TokenTree
 
@@ -69,7 +70,7 @@ class OnePassCollator:
             except (ValueError, TypeError) as error:
                 kind = ConversationError if isinstance(error, ConversationError) else ValueError
                 raise kind(f"example {index} of the batch: {error}") from error
-        row = TokenTree.concat(trees)
+        row = join(trees)
         if self.max_tokens is not None and len(row) > self.max_tokens:
             raise ValueError(
                 f"a batch of {len(examples)} has {len(row)} tokens, a row has {self.max_tokens} (max_tokens); "

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from .messages import TOO_DEEP, Conversation, ConversationError, NothingLeftError, read_conversation
 from .passes import Pass, render_conversation
 from .sources import HubDataset, InMemory, Record, Source, cleared, open_source
-from .tree import LOSS_REDUCTIONS, TokenTree
+from .tree import LOSS_REDUCTIONS, TokenTree, trunk_length
 
 OVERLONG = ("error", "drop", "truncate")
 CHUNK = 64  # conversations that a process renders at once, and trees of a record batch: some MB of chats, 100 MB of long logs
@@ -163,6 +163,10 @@ class Trees(Sequence):
         columns = _Columns(self._columns.parts + other._columns.parts)
         return Trees(columns, np.concatenate([self._rows, other._rows + len(self._columns.lengths)]))
 
+    def trunk(self, index: int) -> np.ndarray:
+        """`TokenTree.trunk` of one, without the tree."""
+        return self._columns.trunk(self._rows[index])
+
     def take(self, indices: np.ndarray) -> Trees:
         """Those trees, in that order; a tree may be taken several times."""
         return Trees(self._columns, self._rows[indices])
@@ -182,12 +186,18 @@ class _Columns:
         return _Columns, (self.parts,)
 
     def tree(self, row: int) -> TokenTree:
+        return TokenTree.from_dict({name: self._list(row, name).copy() for name in _LIST_TYPES})
+
+    def trunk(self, row: int) -> np.ndarray:
+        return self._list(row, "input_ids")[: trunk_length(self._list(row, "position_ids"))]
+
+    def _list(self, row: int, name: str) -> np.ndarray:
         batch = int(np.searchsorted(self._ends, row, side="right"))
         at = row - self._ends[batch] + self.batches[batch].num_rows
         if batch not in self._lists:
             self._lists[batch] = {name: _lists(self.batches[batch], name) for name in _LIST_TYPES}
-        lists = self._lists[batch].items()
-        return TokenTree.from_dict({name: values[begin[at] : begin[at + 1]].copy() for name, (begin, values) in lists})
+        begin, values = self._lists[batch][name]
+        return values[begin[at] : begin[at + 1]]
 
     def column(self, name: str) -> np.ndarray:
         """A column that has one value for each tree."""

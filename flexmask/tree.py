@@ -73,6 +73,11 @@ class TokenTree:
         return self.position_ids[self.pass_end] + 1
 
     @property
+    def trunk(self) -> np.ndarray:
+        """int64: the tokens of the first path of the row, of a tree its heaviest."""
+        return self.input_ids[: trunk_length(self.position_ids)]
+
+    @property
     def max_length(self) -> int:
         """Tokens of the longest path from a root to a leaf: the longest sequence the model sees."""
         return int(self.position_ids.max(initial=-1)) + 1
@@ -140,6 +145,12 @@ class TokenTree:
     def paths(self) -> list[np.ndarray]:
         """For each pass the places of its tokens in the row, int64: its last token and the ancestors of that."""
         return [np.flatnonzero(self.subtree_end[: end + 1] > end) for end in self.pass_end]
+
+    @classmethod
+    def merge(cls, trees: Sequence[TokenTree]) -> TokenTree:
+        """The passes of several trees, in their order, as one tree: tokens with the same ancestors are there once. Weights stay
+        what they are, so that a target of several trees has the sum of theirs."""
+        return cls.from_passes([p for tree in trees for p in tree.passes()])
 
     @classmethod
     def concat(cls, trees: Sequence[TokenTree]) -> TokenTree:
@@ -242,7 +253,7 @@ def _prefix_tree(sequences: list[np.ndarray]) -> tuple[list[_Run], list[np.ndarr
     before = root.tokens
     for i in order:
         ids = sequences[i]
-        shared = _common_prefix_length(before, ids)
+        shared = common_prefix_length(before, ids)
         while len(branch) > 1 and branch[-1].depth >= shared:
             branch.pop()
         last = branch[-1]
@@ -266,7 +277,13 @@ def _prefix_tree(sequences: list[np.ndarray]) -> tuple[list[_Run], list[np.ndarr
     return runs, paths
 
 
-def _common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
+def trunk_length(position_ids: np.ndarray) -> int:
+    """Tokens of the first path of a row: as long as each is the child of the one before."""
+    return common_prefix_length(position_ids, np.arange(len(position_ids)))
+
+
+def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences have in common before the first that differs."""
     n = min(len(a), len(b))
     differ = a[:n] != b[:n]
     return int(differ.argmax()) if differ.any() else n

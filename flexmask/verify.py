@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .collator import OnePassCollator
 from .integrations.transformers import NAME, check_config
+from .packing import join
 from .passes import Pass, render_conversation
 from .tree import TokenTree
 
@@ -170,7 +171,7 @@ def verify(
     comparisons = []
     with _as_found(model, inner), torch.autocast(device.type, enabled=False):
         for unit in units:
-            tree = TokenTree.concat([trees[i] for i in unit])
+            tree = join([trees[i] for i in unit])
             inner.set_attn_implementation(NAME)
             start = time.perf_counter()
             one_pass, mean, logits_dtype = _one_pass_losses(model, collator.batch(tree), gradients)
@@ -203,14 +204,18 @@ def verify(
 
 
 def _one_pass_losses(model, batch: dict[str, Tensor], backward: bool) -> tuple[Tensor, float, torch.dtype]:
-    """Losses of the targets, (M,); the mean that the model itself returns; the dtype of its logits."""
+    """Losses of the targets, (M,); their mean, that of the model itself if no target is of several conversations; the dtype of
+    its logits."""
     batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
+    weight = batch.pop("target_weight", None)
     with torch.set_grad_enabled(backward):
         output = model(**batch, use_cache=False)
         losses = cross_entropy(_wide(output.logits[0]), batch["shift_labels"][0], reduction="none")
+        weighted = losses if weight is None else losses * weight[0]
         if backward:
-            losses.sum().backward()
-    return losses.detach(), output.loss.item(), output.logits.dtype
+            weighted.sum().backward()
+    mean = output.loss if weight is None else weighted.sum() / weight.sum()
+    return losses.detach(), mean.item(), output.logits.dtype
 
 
 def _plain_losses(model, p: Pass, backward: bool) -> Tensor:

@@ -15,6 +15,7 @@ from reference import conversation_passes
 from templates import CHAT, PLAIN, TOOL_LOOP, TOOLS, answer, call, tokenizer, user
 
 from flexmask import OnePassCollator, Pass, TokenTree, render_passes
+from flexmask.packing import join
 
 
 class Vocabulary:
@@ -24,9 +25,9 @@ class Vocabulary:
         return 512
 
 
-def one_pass(model, conversations):
+def one_pass(model, conversations, in_one_row=TokenTree.concat):
     """Per-token losses of every pass, from one row that holds all conversations; gradients of their sum."""
-    row = TokenTree.concat([TokenTree.from_passes(passes) for passes in conversations])
+    row = in_one_row([TokenTree.from_passes(passes) for passes in conversations])
     batch = OnePassCollator(Vocabulary())([row])
     batch.pop("target_weight", None)  # of tokens that several passes supervise; each has its losses here
     logits = model(**batch).logits[0]
@@ -53,12 +54,12 @@ def gradients(model):
     return taken
 
 
-def differences(family, conversations, dtype, **overrides):
+def differences(family, conversations, dtype, in_one_row=TokenTree.concat, **overrides):
     """(largest relative difference of a per-token loss, largest gradient difference relative to the largest)."""
     model = tiny(family, dtype, **overrides)
     with KeepFloat64() if dtype == torch.float64 else contextlib.nullcontext():
         model.set_attn_implementation("flexmask")
-        losses, grads = one_pass(model, conversations)
+        losses, grads = one_pass(model, conversations, in_one_row)
         model.set_attn_implementation(reference_attention(family))
         expected_losses, expected_grads = n_passes(model, conversations)
     assert [len(x) for x in losses] == [len(x) for x in expected_losses]
@@ -138,6 +139,30 @@ def test_float32(family):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_of_conversation(shape):
     loss, gradient = differences("Gemma3", SHAPES[shape], torch.float64)
+    assert loss <= 1e-10 and gradient <= 1e-8, f"loss {loss:.1e}, gradient {gradient:.1e}"
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma3"])
+def test_conversations_that_begin_alike_in_one_tree(family):
+    """Samples of a conversation, one of them twice, and another conversation behind the same system prompt, against each pass
+    of each conversation by itself."""
+    rng = np.random.default_rng(0)
+    system = rng.integers(0, 512, 150)
+
+    def behind(context, passes):
+        return [
+            Pass(np.append(context, p.input_ids), np.append(np.zeros(len(context), bool), p.loss_mask)) for p in passes
+        ]
+
+    sampled, other = (behind(system, conversation_passes(rng, n, 30, 40, 20, 512)) for n in (3, 2))
+    again = [
+        *sampled[:-1],
+        behind(np.asarray(sampled[-1].input_ids)[:-50], conversation_passes(rng, 1, 1, 30, 9, 512))[0],
+    ]
+    conversations = [sampled, again, sampled, other]
+    row = join([TokenTree.from_passes(passes) for passes in conversations])
+    assert len(row) < 0.6 * sum(len(TokenTree.from_passes(passes)) for passes in conversations)
+    loss, gradient = differences(family, conversations, torch.float64, join)
     assert loss <= 1e-10 and gradient <= 1e-8, f"loss {loss:.1e}, gradient {gradient:.1e}"
 
 

@@ -1,0 +1,92 @@
+"""Which trees begin alike, so that they are worth a common tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..chains import Chains
+from ..mask import BLOCK_SIZE
+from ..tree import TokenTree, common_prefix_length
+
+# Tokens of a common beginning. With fewer, the attention of every block of queries visits one tile more, for the keys of that
+# beginning, and so pays more than is saved; a word or two all conversations of a template have in common.
+LEAST_SHARED = BLOCK_SIZE
+
+
+@dataclass
+class Group:
+    """Trees that begin alike.
+
+    Attributes:
+        outer: the group around it, None for the group of all.
+        shared: how many tokens all of them have in common, their beginning and whatever else.
+        alone: those that are in no group inside.
+    """
+
+    outer: Group | None
+    shared: int
+    alone: list[int] = field(default_factory=list)
+
+
+def groups(count: int, trunk: Callable[[int], np.ndarray], tree: Callable[[int], TokenTree]) -> list[Group]:
+    """All groups, outer ones before those within; the first is that of all trees, with nothing in common.
+
+    A group shares at least LEAST_SHARED tokens of beginning more than the one around it. It is found by the trunks, one path of
+    each tree; the trees of it may have branches in common, too, and those count. What only some of them share beside that, less
+    than another group would be worth, does not: a common tree may turn out smaller than counted, never larger.
+
+    Args:
+        count: of trees.
+        trunk: of a tree, the tokens of one of its paths, integers (n,).
+        tree: the tree itself; called for few.
+    """
+    found = [Group(None, 0)]
+    pending: list[tuple[Group, int, Iterable[int]]] = [(found[0], 0, range(count))]
+    while pending:
+        group, depth, members = pending.pop()
+        by_next: dict[bytes, list[int]] = {}
+        for i in members:
+            following = trunk(i)[depth : depth + LEAST_SHARED]
+            if len(following) < LEAST_SHARED:
+                group.alone.append(i)
+            else:
+                by_next.setdefault(following.astype(np.int64).tobytes(), []).append(i)
+        for alike in by_next.values():
+            if len(alike) == 1:
+                group.alone += alike
+                continue
+            beginning = trunk(alike[0])
+            for i in alike[1:]:
+                beginning = beginning[: common_prefix_length(beginning, trunk(i))]
+            found.append(Group(group, _common_tokens(alike, len(beginning), tree)))
+            pending.append((found[-1], len(beginning), alike))
+    return found
+
+
+def _common_tokens(members: Sequence[int], at_least: int, tree: Callable[[int], TokenTree]) -> int:
+    """How many tokens all trees have in common: with the same ancestors."""
+    common = _identities(tree(members[0]))
+    for i in members[1:]:
+        if len(common) == at_least:
+            break
+        common = common[np.isin(common, _identities(tree(i)))]
+    return len(common)
+
+
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # any odd number of 64 bits without a pattern
+
+
+def _identities(tree: TokenTree) -> np.ndarray:
+    """uint64[L], the same for tokens with the same ancestors in any tree: Σ mixed(token) · factor ** position over the path."""
+    chains = Chains.of(tree.subtree_end)
+    mixed = (tree.input_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
+    mixed ^= mixed >> np.uint64(32)
+    powers = np.multiply.accumulate(np.full(tree.max_length, _FACTOR))
+    total = np.append(np.uint64(0), (mixed * powers[tree.position_ids]).cumsum(dtype=np.uint64))
+    found = np.zeros_like(total)  # one place further right, so that a root's parent has its place, too
+    for start, stop, parent in zip(chains.start.tolist(), chains.stop.tolist(), chains.parent.tolist(), strict=True):
+        found[start + 1 : stop + 1] = total[start + 1 : stop + 1] + (found[[parent + 1]] - total[[start]])
+    return found[1:]

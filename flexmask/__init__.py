@@ -1,6 +1,7 @@
 """flexmask: fine-tune language models on multi-turn reasoning in one pass, with exactly the losses of N passes."""
 
 from .attention import set_backend, tree_attention
+from .branches import backward_by_branches
 from .collator import OnePassCollator
 from .cost import cost
 from .integrations.transformers import register as _register
@@ -19,6 +20,7 @@ __all__ = [
     "OnePassCollator",
     "Pass",
     "TokenTree",
+    "backward_by_branches",
     "cost",
     "pack",
     "pack_stream",

@@ -246,6 +246,13 @@ class OnePassTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log the loss every so many steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "False: a loss that is not finite is shown."})
     report_to: str = field(default="none", metadata={"help": "Loggers of the Trainer, e.g. tensorboard or wandb."})
+    tokens_in_memory: int | None = field(
+        default=None,
+        metadata={
+            "help": "Run a row branch by branch, with the activations of at most so many tokens at a time, and at least those "
+            "of the longest pass; 0 for just those. Default: whole rows."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -269,6 +276,19 @@ class OnePassTrainingArguments(TrainingArguments):
             raise ValueError(
                 "train_sampling_strategy must not be group_by_length: a batch is one row, which packing has filled already"
             )
+        if self.tokens_in_memory is not None:
+            for name, chosen in (
+                ("fsdp_version 1", bool(self.fsdp) and self.fsdp_config.get("fsdp_version", 1) != 2),
+                ("deepspeed", self.deepspeed is not None),
+                (f"optim {self.optim}", "lomo" in str(self.optim).lower()),
+            ):
+                if chosen:
+                    raise ValueError(
+                        f"tokens_in_memory and {name} exclude each other: a step goes backward several times; leave "
+                        "tokens_in_memory out, or take FSDP2 (fsdp_version: 2), or an optimiser with a step of its own"
+                    )
+            if self.tokens_in_memory < 0:
+                raise ValueError(f"tokens_in_memory is {self.tokens_in_memory}, expected 0 or more")
         if self.dataloader_drop_last:
             raise ValueError(
                 "dataloader_drop_last must be false: a batch is one row, and the last ones would not be used"

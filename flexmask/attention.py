@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import blockwise, flash, flex, triton
-from .mask import check_dtype, check_subtree_end, once_per_forward
+from .mask import BLOCK_SIZE, check_dtype, check_subtree_end, once_per_forward
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ def tree_attention(
     """Attention in which a token sees its ancestors in the tree and itself.
 
     Args:
-        query: (batch, heads, L, head_dim), float64, float32, bfloat16 or float16.
+        query: (batch, heads, L, head_dim), float64, float32, bfloat16 or float16. With a batch of 1 it may be the queries of the
+            last n tokens alone, (1, heads, n, head_dim), where L − n is a multiple of 128.
         key: (batch, kv_heads, L, head_dim); heads must be a multiple of kv_heads (grouped-query attention).
         value: (batch, kv_heads, L, value_dim).
         subtree_end: int32 (batch, L), one past the last token of the subtree under each token.
@@ -55,7 +56,7 @@ def tree_attention(
             cannot be compiled is logged once, with the reason.
 
     Returns:
-        (batch, heads, L, value_dim) in the dtype of `query`, or of autocast where that is on.
+        (batch, heads, L, value_dim), or n in place of L, in the dtype of `query`, or of autocast where that is on.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range, or ends that cross.
@@ -144,7 +145,8 @@ _probed: dict[tuple, dict[int, NotImplementedError | None]] = {}  # kind of call
 def _preferred(query: Tensor, value: Tensor, subtree_end: Tensor, sliding_window: int | None) -> list[str]:
     """Backends to try, best first."""
     if not query.is_cuda:
-        fits = query.device.type == "cpu" and _flash_fits(subtree_end, sliding_window)
+        first = subtree_end.shape[1] - query.shape[2]
+        fits = query.device.type == "cpu" and _flash_fits(subtree_end, first, sliding_window)
         return [name for name in _ELSEWHERE if name not in _broken and (fits or name != "flash")]
     here = (torch.cuda.get_device_capability(query.device), query.dtype.itemsize)
     size = max(query.shape[-1], value.shape[-1])
@@ -152,11 +154,11 @@ def _preferred(query: Tensor, value: Tensor, subtree_end: Tensor, sliding_window
     return [name for name in dict.fromkeys((*first, *_ON_CUDA)) if name not in _broken]
 
 
-def _flash_fits(subtree_end: Tensor, sliding_window: int | None) -> bool:
+def _flash_fits(subtree_end: Tensor, first: int, sliding_window: int | None) -> bool:
     """On a CPU. In compiled code it refuses positions when it is too late to ask another, so it gets no window there."""
     if torch.compiler.is_compiling():
         return sliding_window is None
-    return once_per_forward(flash.pays, subtree_end, sliding_window=sliding_window)
+    return once_per_forward(flash.pays, subtree_end, first=first, sliding_window=sliding_window)
 
 
 def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) -> None:
@@ -171,8 +173,8 @@ def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) 
         return
     options = (arguments["softcap"], arguments["sliding_window"])
     kind = (name, query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], *options)
-    kind += tuple(needs_grad.items())
-    lengths, length = _probed.setdefault(kind, {}), query.shape[2]
+    kind += (query.shape[2] == key.shape[2], *needs_grad.items())
+    lengths, length = _probed.setdefault(kind, {}), key.shape[2]
     for refused in filter(None, lengths.values()):
         raise refused
     if length in lengths or len(lengths) == 2:
@@ -220,13 +222,21 @@ def _check(query, key, value, subtree_end, scale, softcap, sliding_window, posit
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (batch, heads, L, head_dim)")
         if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16) or x.dtype != query.dtype:
             raise TypeError(f"{name} is {x.dtype} beside a query of {query.dtype}, expected one floating dtype for all")
-    batch, heads, length, head_dim = query.shape
-    kv_heads = key.shape[1]
-    if key.shape != (batch, kv_heads, length, head_dim) or value.shape[:3] != key.shape[:3] or heads % kv_heads:
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    first = length - queries
+    of_part = batch == 1 and 0 < first < length and first % BLOCK_SIZE == 0
+    if (
+        key.shape != (batch, kv_heads, length, head_dim)
+        or value.shape[:3] != key.shape[:3]
+        or heads % kv_heads
+        or (first and not of_part)
+    ):
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit; expected "
             "(batch, heads, L, head_dim), (batch, kv_heads, L, head_dim) and (batch, kv_heads, L, value_dim), with heads "
-            "a multiple of kv_heads (a key/value cache cannot be combined with subtree_end)"
+            "a multiple of kv_heads (a key/value cache cannot be combined with subtree_end); or a query of the last tokens, "
+            f"for a batch of 1, {BLOCK_SIZE} · m tokens after the first key"
         )
     check_dtype(subtree_end)
     once_per_forward(check_subtree_end, subtree_end)

@@ -41,7 +41,7 @@ def tree_logprobs(model, tree: TokenTree | Mapping[str, Tensor]) -> Tensor:
     return -target_losses(model, batch)
 
 
-def tree_loss(model, batch: Mapping[str, Tensor], total_weight: float | Tensor | None = None) -> Tensor:
+def tree_loss(model, batch: Mapping[str, Tensor], total_weight: float | Tensor | None = None, **inputs) -> Tensor:
     """Σ weight · loss / total_weight over the targets of a batch: a scalar.
 
     Args:
@@ -49,9 +49,10 @@ def tree_loss(model, batch: Mapping[str, Tensor], total_weight: float | Tensor |
         batch: of the collator.
         total_weight: by default that of the batch, which makes it a mean. For a mean over several batches (gradient
             accumulation, several ranks) the weight of all of them: `target_weight(batch).sum()` of each.
+        **inputs: what else the model is called with.
     """
     weight = target_weight(batch)
-    return _losses(model, batch, weight) / (weight.sum() if total_weight is None else total_weight)
+    return _losses(model, batch, weight, **inputs) / (weight.sum() if total_weight is None else total_weight)
 
 
 def target_weight(batch: Mapping[str, Tensor]) -> Tensor:
@@ -77,7 +78,7 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     return _losses(model, batch, None)
 
 
-def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None, **inputs) -> Tensor:
     """As `target_losses`; with weights (M,) the weighted sum."""
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
@@ -90,9 +91,10 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
 
     batch = {name: x.to(device) for name, x in batch.items() if name not in ("labels", "target_weight")}
     index, targets = batch.pop("logits_to_keep"), batch.pop("shift_labels")[0]
+    inputs = batch | inputs
     size = chunk_size(inner.config.get_text_config().vocab_size)
     if len(index) <= size or inner.base_model is inner:
-        return result(_cross_entropy(model(**batch, logits_to_keep=index, use_cache=False).logits, targets))
+        return result(_cross_entropy(model(**inputs, logits_to_keep=index, use_cache=False).logits, targets))
 
     seen = {}  # what the body gave, and what went into and came out of the output layer: for the last target only
     head = inner.get_output_embeddings()
@@ -132,7 +134,7 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
         hooks.append(head.register_forward_hook(keep_logits))
     outermost = inner.register_forward_hook(add_losses, with_kwargs=True, prepend=True)
     try:
-        return model(**batch, logits_to_keep=index[-1:], use_cache=False).loss
+        return model(**inputs, logits_to_keep=index[-1:], use_cache=False).loss
     finally:
         for hook in (outermost, *hooks):
             hook.remove()

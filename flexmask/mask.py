@@ -41,10 +41,10 @@ def depths(subtree_end: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockLists:
-    """For each query block the key blocks to read, and the transpose; n = ceil(L / block_size) blocks.
+    """For each query block the key blocks to read, and the transpose; n = ceil(L / block_size) blocks, or m of queries.
 
-    All are int32: `*_num` (batch, 1, n), `*_indices` (batch, 1, n, n), of which the first `*_num` entries of a line
-    count. `kv_*` lists key blocks per query block, `q_*` query blocks per key block; `full_*` tiles need no mask.
+    All are int32: `*_num` (batch, 1, m or n), `*_indices` (batch, 1, m, n) or its transpose, of which the first `*_num` entries
+    of a line count. `kv_*` lists key blocks per query block, `q_*` query blocks per key block; `full_*` tiles need no mask.
     """
 
     kv_num: Tensor
@@ -115,6 +115,7 @@ def _largest_end_within(subtree_end: Tensor) -> Tensor:
 def block_lists(
     subtree_end: Tensor,
     *,
+    first: int = 0,
     position_ids: Tensor | None = None,
     sliding_window: int | None = None,
     block_size: int = BLOCK_SIZE,
@@ -123,12 +124,14 @@ def block_lists(
 
     Args:
         subtree_end: int32 (batch, L).
+        first: the first query, a multiple of `block_size`; the blocks of queries are counted from there.
         position_ids: integer (batch, L), needed with a sliding window.
         sliding_window: a query sees keys fewer than this many positions before it. The positions of a block are known
             by their extremes only, so a few tiles that the window empties may stay listed as partial.
         block_size: queries, and keys, of a tile.
     """
-    partial, full = _tiles(subtree_end, position_ids, sliding_window, block_size)
+    tiles = _tiles(subtree_end, position_ids, sliding_window, block_size)
+    partial, full = (x[:, first // block_size :] for x in tiles)
     return BlockLists(*_ordered(partial), *_ordered(full), *_ordered(partial.mT), *_ordered(full.mT))
 
 
@@ -309,9 +312,12 @@ def once_per_forward(build: Callable, subtree_end: Tensor, *, position_ids: Tens
 
 
 def mask_mod(
-    subtree_end: Tensor, *, position_ids: Tensor | None = None, sliding_window: int | None = None
+    subtree_end: Tensor, *, first: int = 0, position_ids: Tensor | None = None, sliding_window: int | None = None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The tree mask as FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`. Arguments as in `block_lists`."""
+    if first:
+        whole = mask_mod(subtree_end, position_ids=position_ids, sliding_window=sliding_window)
+        return lambda b, h, q_idx, kv_idx: whole(b, h, q_idx + first, kv_idx)
 
     def tree_mask(b, h, q_idx, kv_idx):
         return (kv_idx <= q_idx) & (q_idx < subtree_end[b, kv_idx])
@@ -362,6 +368,7 @@ def tree_block_mask(
     subtree_end: Tensor,
     block_size: int = BLOCK_SIZE,
     *,
+    first: int = 0,
     position_ids: Tensor | None = None,
     sliding_window: int | None = None,
 ) -> BlockMask:
@@ -371,10 +378,15 @@ def tree_block_mask(
     where it must be used (`BlockMask.to` would not move the tensors its `mask_mod` reads).
     """
     lists = once_per_forward(
-        block_lists, subtree_end, position_ids=position_ids, sliding_window=sliding_window, block_size=block_size
+        block_lists,
+        subtree_end,
+        first=first,
+        position_ids=position_ids,
+        sliding_window=sliding_window,
+        block_size=block_size,
     )
     return BlockMask(
-        seq_lengths=(subtree_end.shape[1], subtree_end.shape[1]),
+        seq_lengths=(subtree_end.shape[1] - first, subtree_end.shape[1]),
         kv_num_blocks=lists.kv_num,
         kv_indices=lists.kv_indices,
         full_kv_num_blocks=lists.full_kv_num,
@@ -384,5 +396,5 @@ def tree_block_mask(
         full_q_num_blocks=lists.full_q_num,
         full_q_indices=lists.full_q_indices,
         BLOCK_SIZE=(block_size, block_size),
-        mask_mod=mask_mod(subtree_end, position_ids=position_ids, sliding_window=sliding_window),
+        mask_mod=mask_mod(subtree_end, first=first, position_ids=position_ids, sliding_window=sliding_window),
     )

@@ -7,11 +7,13 @@ from itertools import islice
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from .arguments import OnePassTrainingArguments
+from .branches import backward_by_branches
 from .collator import empty_batch
+from .integrations.hand_over import check_hand_over
 from .integrations.transformers import NAME, check_config
 from .loss import target_weight, tree_loss
 from .messages import ConversationError
@@ -50,6 +52,8 @@ class OnePassTrainer(Trainer):
                 f'the model has attn_implementation="{model.config._attn_implementation}", expected "{NAME}"'
             )
         check_config(model.config)
+        if args.tokens_in_memory is not None:
+            check_hand_over(next(m for m in model.modules() if isinstance(m, PreTrainedModel)))
         super().__init__(model, args, *others, **options)
         self._sums: list[torch.Tensor] = []  # of an evaluation: (weighted loss, weight) of each row, float64
         self.model_accepts_loss_kwargs = True  # the loss below is divided by what _get_num_items_in_batch counts
@@ -126,6 +130,22 @@ class OnePassTrainer(Trainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             weight = self.accelerator.gather(weight).sum()
         return weight
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.args.tokens_in_memory is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if hasattr(self.optimizer, "train"):  # one without a schedule
+            self.optimizer.train()
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes  # gradients are averaged
+        return backward_by_branches(
+            model,
+            self._prepare_inputs(inputs),
+            num_items_in_batch,
+            tokens_in_memory=self.args.tokens_in_memory,
+            backward=self.accelerator.backward,
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training and getattr(self.model.config, "output_router_logits", False):

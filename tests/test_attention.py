@@ -67,6 +67,35 @@ def test_blockwise_is_dense_attention(seed, length, batch, kv_heads, value_dim, 
         close(a, b, 1e-11)
 
 
+def queries_of_the_last_tokens(seed, length, first, dtype, **options):
+    """(found, expected), (gradients found, expected) for them alone, whose keys are those of the whole row: trees, and two tokens
+    of padding at each end."""
+    *inputs, _, _, _, _ = problem(seed, length, dtype=dtype)
+    parent = random_parents(np.random.default_rng(seed), length - 4)
+    parent = np.concatenate([[-1, -1], np.where(parent < 0, -1, parent + 2), [-1, -1]])
+    ends, positions, visible = (torch.from_numpy(x)[None] for x in forest(parent))
+    options = {"sliding_window": options.pop("window"), "position_ids": positions, **options}
+    q, k, v = inputs
+    found = tree_attention(q[:, :, first:], k, v, ends, **options)
+    golden = [x.detach().double().requires_grad_() for x in inputs]
+    options = {"window": options.pop("sliding_window"), "positions": options.pop("position_ids"), **options}
+    options.pop("backend")
+    expected = dense_attention(*golden, visible, **options)[:, :, first:]
+    return (found, expected), (gradients(found, inputs), gradients(expected, golden))
+
+
+@pytest.mark.parametrize("length, first", [(130, 128), (200, 128), (290, 128), (273, 256)])
+@pytest.mark.parametrize("window", [None, 1, 9])
+def test_queries_of_the_last_tokens_alone(length, first, window, monkeypatch):
+    monkeypatch.setattr(blockwise, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(blockwise, "KEY_CHUNK", 24)
+    options = {"window": window, "softcap": 1.5, "backend": "blockwise"}
+    (found, expected), pairs = queries_of_the_last_tokens(length, length, first, torch.float64, **options)
+    close(found, expected, 1e-12)
+    for a, b in zip(*pairs, strict=True):
+        close(a, b, 1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_blockwise_error_is_at_most_twice_that_of_sdpa_in_the_same_dtype(dtype):
     """Error against float64, as a norm: the largest single error of one sample is noise of a factor two by itself."""
@@ -114,6 +143,7 @@ def test_operators_satisfy_pytorch():
     for softcap, window, sinks in ((None, None, None), (1.5, 5, s)):
         arguments = (q, k, v, ends, positions, sinks, 0.5, softcap, window)
         torch.library.opcheck(blockwise._forward, arguments)
+        torch.library.opcheck(blockwise._forward, (q[:, :, 12:].detach().requires_grad_(), *arguments[1:]))
 
 
 def test_noncontiguous_inputs():
@@ -416,6 +446,7 @@ x8 = torch.zeros(1, 2, 8, 4)
         ({"query": torch.zeros(1, 2, 8, 4, dtype=torch.int64)}, TypeError, "query is torch.int64"),
         ({"key": torch.zeros(1, 2, 9, 4)}, ValueError, "do not fit"),
         ({"query": torch.zeros(1, 3, 8, 4)}, ValueError, "multiple of kv_heads"),
+        ({"query": torch.zeros(1, 2, 4, 4)}, ValueError, "a query of the last tokens, for a batch of 1, 128"),
         ({"subtree_end": ends_of_8.long()}, TypeError, "int64, expected an int32"),
         ({"subtree_end": [8] * 8}, TypeError, "list, expected an int32"),
         ({"subtree_end": None}, TypeError, "NoneType, expected an int32"),

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory import needs_linux, peak_bytes
 from reference import conversation_passes, dense_attention
-from test_attention import close, gradients, problem
+from test_attention import close, gradients, problem, queries_of_the_last_tokens
 
 import flexmask.attention
 from flexmask import TokenTree, tree_attention
@@ -114,6 +114,17 @@ def test_flash_is_dense_attention(kernel, seed, length, batch, kv_heads, value_d
         assert (a.double() - b).abs().max() <= 1e-6 * max(1, largest)
 
 
+@pytest.mark.parametrize("length, first", [(130, 128), (200, 128), (290, 128), (273, 256)])
+@pytest.mark.parametrize("window", [None, 1, 9])
+def test_queries_of_the_last_tokens_alone(kernel, length, first, window, monkeypatch):
+    monkeypatch.setattr(flash, "_BLOCK", 16)
+    options = {"window": window, "backend": "flash"}
+    (found, expected), pairs = queries_of_the_last_tokens(length, length, first, torch.float32, **options)
+    close(found, expected, 1e-6)
+    for a, b in zip(*pairs, strict=True):
+        close(a, b, 2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 20])
 def test_error_is_at_most_twice_that_of_sdpa_in_the_same_dtype(dtype, window):
@@ -149,6 +160,8 @@ def test_operators_satisfy_pytorch():
     *inputs, _, ends, positions, _ = problem(1, 20, dtype=torch.float32)
     for window in (None, 5):
         torch.library.opcheck(flash._forward, (*inputs, ends, positions, 0.5, window))
+        of_last = inputs[0][:, :, 12:].detach().requires_grad_()
+        torch.library.opcheck(flash._forward, (of_last, *inputs[1:], ends, positions, 0.5, window))
         q, k, v = (x.detach() for x in inputs)
         out, lse = flash._forward(q, k, v, ends, positions, 0.5, window)
         torch.library.opcheck(flash._backward, (torch.randn_like(out), q, k, v, out, lse, ends, 0.5, window))

@@ -137,6 +137,31 @@ def test_mask_mod_is_the_definition(seed, length, window):
     assert torch.equal(score_mod(subtree_end=ends)(score, b, h, q, k).isinf(), ~random_row(seed, length)[2][None, None])
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_queries_of_the_last_blocks_alone(window):
+    """The last lines of the whole mask, in the lists, in their transpose and in what is asked inside tiles."""
+    ends, positions, visible = random_row(3, 700)
+    if window:
+        visible = visible & (positions[0][:, None] - positions[0][None, :] < window)
+    of_last = tree_block_mask(ends, first=256, position_ids=positions, sliding_window=window)
+    b, h, q, k = torch.meshgrid(
+        torch.tensor([0]), torch.tensor([0]), torch.arange(444), torch.arange(700), indexing="ij"
+    )
+    assert (of_last.mask_mod(b, h, q, k)[0, 0] == visible[256:]).all()
+    lists = block_lists(ends, position_ids=positions, sliding_window=window)
+    part = block_lists(ends, first=256, position_ids=positions, sliding_window=window)
+    assert of_last.seq_lengths == (444, 700)
+    for name in ("kv_num", "full_kv_num", "kv_indices", "full_kv_indices"):
+        assert torch.equal(getattr(part, name), getattr(lists, name)[:, :, 2:])
+    for kind in ("", "full_"):
+        num, indices, found = (
+            getattr(x, f"{kind}q_{n}") for x, n in ((part, "num"), (part, "indices"), (lists, "indices"))
+        )
+        for key in range(6):
+            every = found[0, 0, key, : getattr(lists, f"{kind}q_num")[0, 0, key]].tolist()
+            assert indices[0, 0, key, : num[0, 0, key]].tolist() == [query - 2 for query in every if query >= 2]
+
+
 def test_score_mod_without_anything_to_do_is_none():
     assert score_mod() is None
     assert torch.allclose(

@@ -73,8 +73,8 @@ class _Tile:
     chunks: list[_Chunk]
 
 
-def _tiles(subtree_end: np.ndarray, positions: np.ndarray | None, window: int | None) -> Iterator[_Tile]:
-    for start in range(0, len(subtree_end), QUERY_BLOCK):
+def _tiles(subtree_end: np.ndarray, first: int, positions: np.ndarray | None, window: int | None) -> Iterator[_Tile]:
+    for start in range(first, len(subtree_end), QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, len(subtree_end))
         ancestors = np.flatnonzero(subtree_end[:start] > start)
         if window is not None:
@@ -115,15 +115,20 @@ class _Problem:
         # Of the queries: such that the product with the keys is what `scores` goes on with.
         self.query_scale = scale * _LOG2_E if softcap is None else scale / softcap
         positions = None if window is None else position_ids.cpu().numpy()
-        self.tiles = _tiles(subtree_end.cpu().numpy(), positions, window)
+        self.first = key.shape[1] - query.shape[1]
+        self.tiles = _tiles(subtree_end.cpu().numpy(), self.first, positions, window)
 
     def split(self, x: Tensor) -> Tensor:
         """(heads, …) -> (G, R, …), a view."""
         return x.unflatten(0, (self.groups, -1))
 
+    def queries(self, tile: _Tile) -> slice:
+        """Where those of a tile are among the queries, which may be those of the last tokens only."""
+        return slice(tile.start - self.first, tile.stop - self.first)
+
     def rows(self, x_GRLD: Tensor, tile: _Tile) -> Tensor:
         """The queries of a tile as G (R Q) D."""
-        return x_GRLD[:, :, tile.start : tile.stop].flatten(1, 2).to(self.dtype)
+        return x_GRLD[:, :, self.queries(tile)].flatten(1, 2).to(self.dtype)
 
     def scores(self, q: Tensor, k: Tensor, tile: _Tile, chunk: _Chunk) -> tuple[Tensor, Tensor | None]:
         """Of queries that are scaled: capped scores times log2(e), -inf where hidden; the derivative of the cap (or None)."""
@@ -185,8 +190,8 @@ def _forward(
             if p.sinks is not None:
                 o *= torch.sigmoid(norm - p.sinks)[..., None]
                 norm = torch.logaddexp(norm, p.sinks)
-            out_GRLV[:, :, tile.start : tile.stop] = o
-            lse_GRL[:, :, tile.start : tile.stop] = norm
+            out_GRLV[:, :, p.queries(tile)] = o
+            lse_GRL[:, :, p.queries(tile)] = norm
     return out, lse
 
 
@@ -241,7 +246,7 @@ def _backward(
                 chunk.add_to(dk_GLD, ds.mT @ q)
                 dq_block.baddbmm_(ds, k)
             dq_block = dq_block.mul_(scale).view(p.groups, -1, tile.stop - tile.start, query.shape[-1])
-            dq_GRLD[:, :, tile.start : tile.stop] = dq_block
+            dq_GRLD[:, :, p.queries(tile)] = dq_block
         dk_GLD *= scale / p.query_scale
         dk[b], dv[b] = dk_GLD, dv_GLV
         if p.sinks is not None:

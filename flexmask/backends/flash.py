@@ -88,10 +88,10 @@ def _has_flash_attention(device: torch.device) -> bool:
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def pays(subtree_end: Tensor, *, sliding_window: int | None) -> bool:
+def pays(subtree_end: Tensor, *, first: int, sliding_window: int | None) -> bool:
     """Whether a CPU gains by it: each call of the kernel costs the same however few queries it has. Measured on two cores
     (benchmarks/LOG.md), a call of 50 is faster than `blockwise`, one of 20 slower."""
-    row = once_per_forward(_chains, subtree_end, sliding_window=sliding_window)
+    row = once_per_forward(_chains, subtree_end, first=first, sliding_window=sliding_window)
     lengths = [chain.stop - chain.start for chain in row if not chain.alone]
     step = _BLOCK if sliding_window is None else _window_step(sliding_window)
     return sum(lengths) >= _LEAST_QUERIES * sum(-(-n // step) for n in lengths)
@@ -112,13 +112,14 @@ def _forward(
     scale: float,
     sliding_window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The output, (batch, heads, L, head_dim), and the log-sum-exp of the scores, float32 (heads, batch · L)."""
+    """The output, (batch, heads, L, head_dim), and the log-sum-exp of the scores, float32 (heads, batch · L); of n queries, n in
+    place of L."""
     _check_positions(subtree_end, position_ids)
     q, k, v = map(_tokens_first, (query, key, value))
     out, lse = _kernel(q).forward(q, k, v, subtree_end, scale, sliding_window)
-    alone = once_per_forward(_alone, subtree_end)
+    alone = once_per_forward(_alone, subtree_end, first=len(k) - len(q))
     if len(alone):
-        out[alone] = v[alone].repeat_interleave(q.shape[1] // k.shape[1], 1)
+        out[alone - (len(k) - len(q))] = v[alone].repeat_interleave(q.shape[1] // k.shape[1], 1)
     return _heads_first(out, query), lse
 
 
@@ -142,10 +143,11 @@ def _backward(
     sliding_window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     do, q, k, v, o = map(_tokens_first, (grad_out, query, key, value, out))
-    alone = once_per_forward(_alone, subtree_end)
-    of_alone = do[alone]
+    alone = once_per_forward(_alone, subtree_end, first=len(k) - len(q))
+    queries = alone - (len(k) - len(q))
+    of_alone = do[queries]
     if len(alone):
-        do = do.index_fill(0, alone, 0)
+        do = do.index_fill(0, queries, 0)
     dq, dk, dv = _kernel(q).backward(do, q, k, v, o, lse, subtree_end, scale, sliding_window)
     dv[alone] += rearrange(of_alone, "t (g r) d -> t g r d", g=k.shape[1]).sum(2, dtype=torch.float32)
     return tuple(_heads_first(x, query) for x in (dq, dk, dv))
@@ -205,7 +207,7 @@ Ranges = list[tuple[int, int]]
 @dataclass(frozen=True)
 class _Chain:
     """Queries start … stop, the rows of a batch put one after the other, and the places of their keys: of ancestors, as far as
-    the window of the first query reaches, and of the chain itself.
+    the window of the first query reaches, and of the queries themselves. Queries are counted from the first that there is.
 
     Trees of one token, which is padding, are one chain (`alone`) and would see each other, so nothing is taken of what a kernel
     computes for them."""
@@ -216,14 +218,17 @@ class _Chain:
     alone: bool
 
 
-def _chains(subtree_end: Tensor, *, sliding_window: int | None) -> list[_Chain]:
+def _chains(subtree_end: Tensor, *, first: int, sliding_window: int | None) -> list[_Chain]:
     row, found = once_per_forward(chains, subtree_end), []
     alone = np.isin(row.start, row.alone).tolist()
     for path, start, stop, of_one in zip(row.paths(), row.start.tolist(), row.stop.tolist(), alone, strict=True):
+        if stop <= first:
+            continue
         keys, count = [*path, (start, stop)], sum(b - a for a, b in path) + stop - start
+        start = max(start, first)
         if sliding_window is not None:
             keys = _cut(keys, max(0, count - (stop - start) - (sliding_window - 1)), count)
-        found.append(_Chain(start, stop, keys, of_one))
+        found.append(_Chain(start - first, stop - first, keys, of_one))
     return found
 
 
@@ -240,12 +245,13 @@ def _cut(ranges: Ranges, first: int, last: int) -> Ranges:
 
 def gathered_keys(subtree_end: Tensor, *, sliding_window: int | None) -> int:
     """How many keys are gathered on CUDA for a call with these ends."""
-    return sum(b - a for chain in _chains(subtree_end, sliding_window=sliding_window) for a, b in chain.keys)
+    return sum(b - a for chain in _chains(subtree_end, first=0, sliding_window=sliding_window) for a, b in chain.keys)
 
 
-def _alone(subtree_end: Tensor) -> Tensor:
-    """int64, the trees of one token."""
-    return torch.from_numpy(once_per_forward(chains, subtree_end).alone).to(subtree_end.device)
+def _alone(subtree_end: Tensor, *, first: int) -> Tensor:
+    """int64, the trees of one token, from the first query on."""
+    alone = once_per_forward(chains, subtree_end).alone
+    return torch.from_numpy(alone[alone >= first]).to(subtree_end.device)
 
 
 # --------------------------------------------------------------------------------------------------------------- CUDA
@@ -277,12 +283,13 @@ class Sequences:
         return total
 
 
-def sequences(subtree_end: Tensor, *, sliding_window: int | None) -> Sequences:
+def sequences(subtree_end: Tensor, *, first: int = 0, sliding_window: int | None) -> Sequences:
     """Args:
     subtree_end: int32 (batch, L).
+    first: the first query.
     sliding_window: None, or how far a query sees.
     """
-    found = _chains(subtree_end, sliding_window=sliding_window)
+    found = _chains(subtree_end, first=first, sliding_window=sliding_window)
     begin, end = np.array([r for chain in found for r in chain.keys]).T
     size = end - begin
     read = np.repeat(begin - (size.cumsum() - size), size) + np.arange(size.sum())
@@ -315,7 +322,7 @@ class _Cuda:
 
     @staticmethod
     def forward(q, k, v, subtree_end: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-        row = once_per_forward(sequences, subtree_end, sliding_window=window)
+        row = once_per_forward(sequences, subtree_end, first=len(k) - len(q), sliding_window=window)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k[row.read], v[row.read], row.queries, row.keys, *row.longest, 0.0, True, False,
             scale=scale, **_window_of(window),
@@ -324,13 +331,13 @@ class _Cuda:
 
     @staticmethod
     def backward(do, q, k, v, out, lse, subtree_end: Tensor, scale: float, window: int | None) -> tuple[Tensor, ...]:
-        row = once_per_forward(sequences, subtree_end, sliding_window=window)
+        row = once_per_forward(sequences, subtree_end, first=len(k) - len(q), sliding_window=window)
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of random numbers: there is no dropout
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             do, q, k[row.read], v[row.read], out, lse, row.queries, row.keys, *row.longest, 0.0, True, state,
             q.new_empty(0), scale=scale, **_window_of(window),
         )  # fmt: skip
-        return dq, row.add_up(dk, len(q)), row.add_up(dv, len(q))
+        return dq, row.add_up(dk, len(k)), row.add_up(dv, len(k))
 
 
 def _window_of(window: int | None) -> dict[str, int]:
@@ -356,7 +363,8 @@ class _Cpu:
     def forward(q, k, v, subtree_end: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
         out, lse = q.new_empty(q.shape), q.new_zeros(q.shape[1], len(q), dtype=torch.float32)
         together = _together(q, k)
-        for queries, pieces in _pieces(once_per_forward(_chains, subtree_end, sliding_window=window), window, together):
+        row = once_per_forward(_chains, subtree_end, first=len(k) - len(q), sliding_window=window)
+        for queries, pieces in _pieces(row, window, together):
             of_block, merged, norm = _grouped(q[queries], k), None, None
             for piece in pieces:
                 heads = _Heads(of_block.shape[1], together and piece.kind == "whole")
@@ -381,7 +389,8 @@ class _Cpu:
         dtype = q.dtype if _has_products_of(q.dtype) else torch.float32
         k, v = k.to(dtype), v.to(dtype)  # once, and not for every piece
         together = _together(q, k)
-        for queries, pieces in _pieces(once_per_forward(_chains, subtree_end, sliding_window=window), window, together):
+        row = once_per_forward(_chains, subtree_end, first=len(k) - len(q), sliding_window=window)
+        for queries, pieces in _pieces(row, window, together):
             of_block = [_grouped(x[queries].to(dtype), k) for x in (do, q, out)]
             norm = lse[:, queries].contiguous()
             for piece in pieces:

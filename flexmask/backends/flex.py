@@ -44,7 +44,12 @@ def attention(
         key,
         value,
         score_mod=score_mod(softcap=softcap),
-        block_mask=tree_block_mask(subtree_end, position_ids=position_ids, sliding_window=sliding_window),
+        block_mask=tree_block_mask(
+            subtree_end,
+            first=subtree_end.shape[1] - query.shape[2],
+            position_ids=position_ids,
+            sliding_window=sliding_window,
+        ),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -30,6 +30,8 @@ def attention(
         from flexmask_kernels.attention import tree_attention
     except ModuleNotFoundError as error:
         raise NotImplementedError(f"backend 'triton' needs Triton ({error}); backend 'blockwise' does not") from error
+    if query.shape[2] < subtree_end.shape[1]:
+        raise NotImplementedError("backend 'triton' cannot do queries of a part of the row; backend 'flash' can")
     lists = once_per_forward(tile_lists, subtree_end, position_ids=position_ids, sliding_window=sliding_window)
     if position_ids is not None:
         position_ids = once_per_forward(_whole_blocks_of_positions, subtree_end, position_ids=position_ids)

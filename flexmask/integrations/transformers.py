@@ -22,6 +22,7 @@ from transformers.utils.import_utils import is_tracing
 from ..attention import tree_attention
 from ..mask import depths, once_per_forward
 from . import mixers
+from .hand_over import HandOver
 
 NAME = "flexmask"
 
@@ -90,6 +91,7 @@ def _attention_function(
     scaling: float | None = None,
     dropout: float = 0.0,
     subtree_end: Tensor | None = None,
+    hand_over: HandOver | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     if subtree_end is None:
@@ -103,6 +105,8 @@ def _attention_function(
         )
     window, positions = _check_layer(module, attention_mask, dropout, subtree_end, kwargs)
     mixers.note()
+    if hand_over is not None:
+        key, value = hand_over.extend(module, key, value)
     out = tree_attention(
         _at_temperature(module, query, subtree_end),
         key,
@@ -141,7 +145,8 @@ def _at_temperature(module, query: Tensor, subtree_end: Tensor) -> Tensor:
 
     places = torch.arange(query.shape[2], device=query.device)
     exact = torch.promote_types(query.dtype, torch.float32)
-    factor = scale(once_per_forward(depths, subtree_end)).to(exact) / scale(places).to(exact)
+    positions = once_per_forward(depths, subtree_end)[:, -query.shape[2] :]
+    factor = scale(positions).to(exact) / scale(places).to(exact)
     return (query * factor[:, None, :, None]).to(query.dtype)
 
 
@@ -188,7 +193,12 @@ def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict
     if chunk is not None:
         # The beginnings of their chunks are less than a chunk apart where they are equal.
         return chunk, once_per_forward(_chunk_beginnings, subtree_end, size=chunk)
-    return window, None if window is None else kwargs["position_ids"]
+    if window is None:
+        return None, None
+    positions = kwargs["position_ids"]
+    if positions.shape[-1] < subtree_end.shape[1]:  # those of keys that are handed over are not among them
+        positions = once_per_forward(depths, subtree_end)
+    return window, positions
 
 
 def _rotary_limit(config) -> int | None:

@@ -27,17 +27,34 @@ from flexmask.mask import BLOCK_SIZE, count_tiles, once_per_forward
 @dataclass(frozen=True)
 class Work:
     """A step's batches (keywords of the model), their attention implementation, and what is counted for them, by the model's
-    configuration."""
+    configuration; and how many tokens are in memory at a time, where a row is run branch by branch."""
 
     attention: str
     batches: list[dict]
     costs: Callable[[PreTrainedConfig], list[Cost]]
+    tokens_in_memory: int | None = None
 
 
 def one_pass(conversations: Sequence[Sequence[Pass]], vocab: int, max_tokens: int) -> Work:
     """Trees packed into rows."""
     rows = pack([TokenTree.from_passes(passes) for passes in conversations], max_tokens)
     return Work("flexmask", _batches(rows, vocab), _counted(rows, keeps_logits=_library_sums()))
+
+
+def by_branches(conversations, vocab, max_tokens):
+    """The same rows, with the activations of the longest pass at a time."""
+    return replace(one_pass(conversations, vocab, max_tokens), tokens_in_memory=0)
+
+
+def by_larger_branches(conversations, vocab, max_tokens):
+    """The same with half as many again."""
+    longest = max(len(p.input_ids) for p in flat(conversations))
+    return replace(one_pass(conversations, vocab, max_tokens), tokens_in_memory=longest * 3 // 2)
+
+
+def split_rows(conversations, vocab, max_tokens):
+    """One-pass in rows of the longest pass."""
+    return one_pass(conversations, vocab, max(len(p.input_ids) for p in flat(conversations)))
 
 
 def in_parts(conversations: Sequence[Sequence[Pass]], vocab: int, parts: int) -> Work:
@@ -133,6 +150,11 @@ METHODS: dict[str, Callable[..., Work]] = {
 }
 if DEVICE == "cuda":  # our attention beside the library's, to tell layout and kernel apart
     METHODS["N-pass, packed, our kernels"] = packed_trees
+MEMORY_METHODS = {
+    "one-pass, branch by branch": by_branches,
+    "one-pass, branches of 1.5 passes": by_larger_branches,
+    "one-pass, split": split_rows,
+}
 GROUP_METHODS = {"padded batch": aligned, "padded batch, share_prefixes": shared, "trees": one_pass}
 
 

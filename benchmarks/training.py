@@ -25,11 +25,11 @@ from common import (
     peak_memory,
     spread,
 )
-from methods import GROUP_METHODS, METHODS, flat, in_parts
+from methods import GROUP_METHODS, MEMORY_METHODS, METHODS, flat, in_parts
 from transformers import AutoModelForCausalLM, BambaConfig, Lfm2Config, LlamaConfig, Qwen3_5TextConfig, Qwen3Config
 
 import flexmask.attention
-from flexmask import Pass, share_prefixes, tree_loss
+from flexmask import Pass, backward_by_branches, share_prefixes, tree_loss
 from flexmask.attention import using_backend
 
 # The shapes of models people fine-tune; weights are random. The number of layers can be lowered for a small machine.
@@ -40,6 +40,10 @@ SHAPES = {
     ),
     "SmolLM2-135M": functools.partial(
         LlamaConfig, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    ),
+    "SmolLM2-135M, 4,096 tokens": functools.partial(  # of vocabulary: what is not a layer is next to nothing
+        LlamaConfig, vocab_size=4096, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
     ),
     "Qwen3-0.6B": functools.partial(
@@ -89,7 +93,7 @@ class TrainingStep:
 
     Args:
         spec: shape, layers, checkpointing, backend; conversations (how many), turns (fewest, most), lengths (h, t, r), or
-            conversations, completions, lengths (prompt, completion); method (of METHODS, GROUP_METHODS) or parts;
+            conversations, completions, lengths (prompt, completion); method (of METHODS, GROUP_METHODS, MEMORY_METHODS) or parts;
             max_tokens of a row or batch.
 
     Attributes:
@@ -105,7 +109,9 @@ class TrainingStep:
         if spec.get("parts"):
             self.work = in_parts(conversations, vocab, spec["parts"])
         else:
-            self.work = (METHODS | GROUP_METHODS)[spec["method"]](conversations, vocab, spec["max_tokens"])
+            self.work = (METHODS | GROUP_METHODS | MEMORY_METHODS)[spec["method"]](
+                conversations, vocab, spec["max_tokens"]
+            )
         passes = flat(conversations)
         self.tokens = sum(len(p.input_ids) for p in passes)
         self._targets = sum(int(np.sum(p.loss_mask)) for p in passes)
@@ -131,6 +137,10 @@ class TrainingStep:
             # A copy, because lists of tiles are kept for a tensor, and in training every batch is a new one.
             batch = {name: x.clone() for name, x in batch.items()}
             with using_backend(self._backend):
+                if self.work.tokens_in_memory is not None:
+                    budget = self.work.tokens_in_memory
+                    losses.append(backward_by_branches(self.model, batch, self._targets, tokens_in_memory=budget))
+                    continue
                 losses.append(_loss(self.model, batch, self._targets))
                 losses[-1].backward()
         self.losses.append(sum(loss.detach() for loss in losses).item())

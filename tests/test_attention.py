@@ -196,7 +196,7 @@ def test_only_visible_keys_are_touched(monkeypatch):
     monkeypatch.setattr(blockwise, "KEY_CHUNK", 100)
     ends, _, visible = forest(random_parents(np.random.default_rng(0), 700, num_roots=6))
     read = 0
-    for tile in blockwise._tiles(ends, None, None):
+    for tile in blockwise._tiles(ends, 0, None, None):
         needed = np.flatnonzero(visible[tile.start : tile.stop].any(0))
         keys = []
         for chunk in reversed(tile.chunks):

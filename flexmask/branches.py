@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from .chains import Chains
 from .collator import empty_batch
-from .integrations.hand_over import HandOver, check_hand_over
+from .integrations.hand_over import HandOver
+from .integrations.transformers import check_in_parts
 from .loss import target_weight, tree_loss
 from .mask import BLOCK_SIZE
 
@@ -64,7 +65,7 @@ def backward_by_branches(
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
         raise TypeError(f"got a {type(model).__name__}, expected a Hugging Face model")
-    check_hand_over(inner)
+    check_in_parts(inner, "tokens_in_memory")
     row = _Row.of(batch)
     total = target_weight(batch).sum() if total_weight is None else total_weight
     step = _Step(model, row, total, backward)
@@ -249,7 +250,7 @@ class _Step:
                 batch, lead = self.row.batch(piece.places, before, self.multiple)
                 kept = len(piece.places) if piece.inside else 0
                 hand_over = HandOver([of for _, of in path], lead, kept)
-                loss = tree_loss(self.model, batch, self.total, hand_over=hand_over)
+                loss = tree_loss(self.model, {**batch, "hand_over": hand_over}, self.total)
                 hand_over.is_backward = True
                 following = (*path, (piece, hand_over))
                 self.loss = self.loss + loss.detach()

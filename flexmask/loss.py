@@ -41,18 +41,17 @@ def tree_logprobs(model, tree: TokenTree | Mapping[str, Tensor]) -> Tensor:
     return -target_losses(model, batch)
 
 
-def tree_loss(model, batch: Mapping[str, Tensor], total_weight: float | Tensor | None = None, **inputs) -> Tensor:
+def tree_loss(model, batch: Mapping[str, Tensor], total_weight: float | Tensor | None = None) -> Tensor:
     """Σ weight · loss / total_weight over the targets of a batch: a scalar.
 
     Args:
         model: as for `tree_logprobs`.
-        batch: of the collator.
+        batch: of the collator; what else is in it is handed to the model as it is.
         total_weight: by default that of the batch, which makes it a mean. For a mean over several batches (gradient
             accumulation, several ranks) the weight of all of them: `target_weight(batch).sum()` of each.
-        **inputs: what else the model is called with.
     """
     weight = target_weight(batch)
-    return _losses(model, batch, weight, **inputs) / (weight.sum() if total_weight is None else total_weight)
+    return _losses(model, batch, weight) / (weight.sum() if total_weight is None else total_weight)
 
 
 def target_weight(batch: Mapping[str, Tensor]) -> Tensor:
@@ -78,7 +77,7 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     return _losses(model, batch, None)
 
 
-def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None, **inputs) -> Tensor:
+def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
     """As `target_losses`; with weights (M,) the weighted sum."""
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
@@ -89,9 +88,9 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None, **inputs)
     def result(losses: Tensor) -> Tensor:
         return losses if weight is None else (losses * weight.to(losses)).sum()
 
-    batch = {name: x.to(device) for name, x in batch.items() if name not in ("labels", "target_weight")}
-    index, targets = batch.pop("logits_to_keep"), batch.pop("shift_labels")[0]
-    inputs = batch | inputs
+    inputs = {name: x for name, x in batch.items() if name not in ("labels", "target_weight")}
+    inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    index, targets = inputs.pop("logits_to_keep"), inputs.pop("shift_labels")[0]
     size = chunk_size(inner.config.get_text_config().vocab_size)
     if len(index) <= size or inner.base_model is inner:
         return result(_cross_entropy(model(**inputs, logits_to_keep=index, use_cache=False).logits, targets))

@@ -13,8 +13,7 @@ from transformers.trainer_utils import has_length
 from .arguments import OnePassTrainingArguments
 from .branches import backward_by_branches
 from .collator import empty_batch
-from .integrations.hand_over import check_hand_over
-from .integrations.transformers import NAME, check_config
+from .integrations.transformers import NAME, check_config, check_in_parts
 from .loss import target_weight, tree_loss
 from .messages import ConversationError
 from .packing import RowStream
@@ -52,8 +51,9 @@ class OnePassTrainer(Trainer):
                 f'the model has attn_implementation="{model.config._attn_implementation}", expected "{NAME}"'
             )
         check_config(model.config)
+        inner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
         if args.tokens_in_memory is not None:
-            check_hand_over(next(m for m in model.modules() if isinstance(m, PreTrainedModel)))
+            check_in_parts(inner, "tokens_in_memory")
         super().__init__(model, args, *others, **options)
         self._sums: list[torch.Tensor] = []  # of an evaluation: (weighted loss, weight) of each row, float64
         self.model_accepts_loss_kwargs = True  # the loss below is divided by what _get_num_items_in_batch counts

@@ -1,10 +1,5 @@
 """A step branch by branch against the same step of the whole tree, which other tests hold against N passes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import hybrids
 import numpy as np
 import pytest
@@ -244,36 +239,6 @@ def test_trainer(tmp_path, accumulation):
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     for name, weight in expected.items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_two_processes_with_different_pieces(tmp_path, wrapper):
-    """Rows of one and of many pieces, and the step of both in one process."""
-    here, result = Path(__file__).parent, tmp_path / "result.pt"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*command, str(here / "branches_distributed.py"), wrapper, str(result)],
-        env=environment,
-        timeout=300,
-        check=True,
-    )
-    found = torch.load(result)
-    model = tiny("Qwen3", torch.float64)
-    batches = [to_batch(ROWS[name]) for name in ("forest", "turns")]
-    total = sum(loss.target_weight(batch).sum() for batch in batches)
-    values = [tree_loss(model, batch, total) for batch in batches]
-    sum(values).backward()
-    expected = gradients(model)
-    for way in ("one step", "two accumulated"):
-        times = 1 if way == "one step" else 2
-        # Ranks' gradients are averaged.
-        same(
-            (found[way][0], found[way][1]),
-            (sum(values).detach(), {n: g * times / 2 for n, g in expected.items()}),
-            1e-6,
-            1e-6,
-        )
 
 
 def test_the_shape_that_holds_all_others():

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from .mixers import RECURRENT
 
 
 class HandOver:
@@ -87,22 +84,3 @@ class _Extended(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_key, grad_value):
         return *ctx.hand_over._hand_back(ctx.layer, (grad_key, grad_value)), None, None
-
-
-def check_hand_over(model: PreTrainedModel) -> None:
-    """Refuse a model of which a tree cannot be run in several forwards.
-
-    Raises:
-        NotImplementedError: its layers hand on more than keys and values; it has a loss of the whole row.
-    """
-    config = model.config.get_text_config(decoder=True)
-    reason = None
-    if not RECURRENT.isdisjoint(getattr(config, "layer_types", None) or ()) or type(model)._is_stateful:
-        reason = "its recurrent or convolutional layers hand on states, which are not kept"
-    elif getattr(model.config, "output_router_logits", False) or getattr(config, "output_router_logits", False):
-        reason = "its router's loss is one of all tokens of a row; set output_router_logits=False"
-    if reason:
-        raise NotImplementedError(
-            f"{config.model_type} cannot be trained branch by branch: {reason}. Leave tokens_in_memory out, or take smaller rows "
-            "(max_tokens), which splits trees"
-        )

@@ -132,6 +132,7 @@ def _over_tree(name: str, library: Callable, ours: Callable) -> Callable:
     def function(*args, subtree_end: Tensor | None = None, **kwargs):
         if subtree_end is None:
             return library(*args, **kwargs)
+        _refuse_others(kwargs, "hand_over", "rank_share")
         note(name)
         return ours(library, *args, subtree_end=subtree_end, **kwargs)
 

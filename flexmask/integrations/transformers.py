@@ -23,6 +23,7 @@ from ..attention import tree_attention
 from ..mask import depths, once_per_forward
 from . import mixers
 from .hand_over import HandOver
+from .ulysses import RankShare
 
 NAME = "flexmask"
 
@@ -92,6 +93,7 @@ def _attention_function(
     dropout: float = 0.0,
     subtree_end: Tensor | None = None,
     hand_over: HandOver | None = None,
+    rank_share: RankShare | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     if subtree_end is None:
@@ -105,10 +107,14 @@ def _attention_function(
         )
     window, positions = _check_layer(module, attention_mask, dropout, subtree_end, kwargs)
     mixers.note()
+    query, sinks = _at_temperature(module, query, subtree_end, rank_share), kwargs.get("s_aux")
     if hand_over is not None:
         key, value = hand_over.extend(module, key, value)
+    if rank_share is not None:
+        query, key, value = rank_share.to_heads(query, key, value)
+        sinks = None if sinks is None else rank_share.own(sinks, 0)
     out = tree_attention(
-        _at_temperature(module, query, subtree_end),
+        query,
         key,
         value,
         subtree_end,
@@ -116,8 +122,10 @@ def _attention_function(
         softcap=kwargs.get("softcap"),
         sliding_window=window,
         position_ids=positions,
-        sinks=kwargs.get("s_aux"),
+        sinks=sinks,
     )
+    if rank_share is not None:
+        out = rank_share.to_tokens(out)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -134,7 +142,7 @@ def _plain_attention(module, query, key, value, mask: Tensor | None, **kwargs):
     return eager(module, query, key, value, mask, **kwargs)[0], None
 
 
-def _at_temperature(module, query: Tensor, subtree_end: Tensor) -> Tensor:
+def _at_temperature(module, query: Tensor, subtree_end: Tensor, rank_share: RankShare | None) -> Tensor:
     """Queries of Llama 4's layers without rotary embeddings, which it scales by their places in the row, scaled by their
     positions in the pass instead (arXiv 2501.19399)."""
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
@@ -145,7 +153,8 @@ def _at_temperature(module, query: Tensor, subtree_end: Tensor) -> Tensor:
 
     places = torch.arange(query.shape[2], device=query.device)
     exact = torch.promote_types(query.dtype, torch.float32)
-    positions = once_per_forward(depths, subtree_end)[:, -query.shape[2] :]
+    positions = once_per_forward(depths, subtree_end)
+    positions = positions[:, -query.shape[2] :] if rank_share is None else rank_share.own(positions)
     factor = scale(positions).to(exact) / scale(places).to(exact)
     return (query * factor[:, None, :, None]).to(query.dtype)
 
@@ -179,11 +188,13 @@ def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict
     if kwargs.get("sliding_window") not in (None, window):
         raise _refuse(config, f"{layer} has a window of {kwargs['sliding_window']}, and its attention mask {window}")
 
-    limit = _rotary_limit(config)
-    if (window or limit) and kwargs.get("position_ids") is None:
+    limit, positions = _rotary_limit(config), kwargs.get("position_ids")
+    if (window or limit) and positions is None:
         raise _refuse(config, f"{layer} is not told the position_ids of the batch")
+    if (window or limit) and positions.shape[-1] < subtree_end.shape[1]:  # of some of the tokens
+        positions = once_per_forward(depths, subtree_end)
     if limit is not None and not is_tracing(subtree_end):  # a check reads values
-        longest = once_per_forward(_longest_path, subtree_end, position_ids=kwargs["position_ids"])
+        longest = once_per_forward(_longest_path, subtree_end, position_ids=positions)
         if longest > limit:
             raise _refuse(
                 config,
@@ -193,12 +204,7 @@ def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict
     if chunk is not None:
         # The beginnings of their chunks are less than a chunk apart where they are equal.
         return chunk, once_per_forward(_chunk_beginnings, subtree_end, size=chunk)
-    if window is None:
-        return None, None
-    positions = kwargs["position_ids"]
-    if positions.shape[-1] < subtree_end.shape[1]:  # those of keys that are handed over are not among them
-        positions = once_per_forward(depths, subtree_end)
-    return window, positions
+    return window, None if window is None else positions
 
 
 def _rotary_limit(config) -> int | None:
@@ -235,6 +241,28 @@ def check_config(config: PreTrainedConfig, model_class: type | None = None) -> N
     reason = _refusal(text.model_type, layer_types, encoder, text_class, _model_class(config) or text_class)
     if reason:
         raise _refuse(config, reason)
+
+
+def check_in_parts(model: PreTrainedModel, option: str) -> None:
+    """Refuse a model of which a row cannot be run in parts, one after the other or on several ranks.
+
+    Args:
+        option: that asks for it.
+
+    Raises:
+        NotImplementedError: its layers hand on more than keys and values; it has a loss of the whole row.
+    """
+    config = model.config.get_text_config(decoder=True)
+    reason = None
+    if not mixers.RECURRENT.isdisjoint(getattr(config, "layer_types", None) or ()) or type(model)._is_stateful:
+        reason = "its recurrent or convolutional layers hand on states, which only the whole row has"
+    elif any(getattr(of, "output_router_logits", False) for of in (model.config, config)):
+        reason = "its router's loss is one of all tokens of a row; set output_router_logits=False"
+    if reason:
+        raise NotImplementedError(
+            f"{config.model_type} cannot be trained with {option}: {reason}. Leave {option} out, or take smaller rows "
+            "(max_tokens), which splits trees"
+        )
 
 
 def _refuse(config, reason: str) -> NotImplementedError:

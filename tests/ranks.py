@@ -1,0 +1,94 @@
+"""Run by test_ranks.py under torchrun: steps of two processes, each loss and gradient to a file.
+
+In place of an optimiser, gradients; of each case those of one process are what they must be.
+"""
+
+import contextlib
+import sys
+
+import torch
+import torch.distributed as dist
+from models import tiny
+from test_branches import ROWS
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from flexmask import backward_by_branches, set_backend, tree_loss
+from flexmask.collator import to_batch
+from flexmask.integrations.ulysses import share_row
+from flexmask.loss import target_weight
+
+# (family, backend), forward and backward of a row that two ranks share; with windows, sinks, and keys of one head.
+SHARED = {
+    "flash": ("Qwen3", {}, "flash"),
+    "blockwise": ("Qwen3", {}, "blockwise"),
+    "a window": ("Gemma3", {}, "flash"),
+    "sinks": ("GptOss", {}, "blockwise"),
+    "one head of keys": ("Qwen3", {"num_key_value_heads": 1}, "flash"),
+    "checkpointing": ("Qwen3", {}, "flash"),
+}
+
+
+def sharded(model):
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def gradients(model) -> dict:
+    """Of the parameters, added up over ranks where nothing has done it."""
+    found = {}
+    for name, p in model.named_parameters():
+        gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+        found[name.removeprefix("module.")] = gradient
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def summed(x: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(x)
+    return x
+
+
+def by_branches(wrapper: str, steps: int) -> tuple:
+    """Rows of one and of many pieces; `steps` accumulated, of which the last one synchronises."""
+    model = tiny("Qwen3", torch.float64)
+    model = DistributedDataParallel(model) if wrapper == "ddp" else sharded(model)
+    batch = to_batch(ROWS[("forest", "turns")[dist.get_rank()]])
+    total = summed(target_weight(batch).sum())
+    for step in range(steps):
+        without = wrapper == "ddp" and step < steps - 1
+        with model.no_sync() if without else contextlib.nullcontext():
+            loss = backward_by_branches(model, batch, total)
+    return summed(loss), {name: 2 * g for name, g in gradients(model).items()}  # they were averaged
+
+
+def shared(family: str, changes: dict, backend: str, wrapper: str = "none", checkpointing: bool = False) -> tuple:
+    model = tiny(family, **changes)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    if wrapper == "fsdp2":
+        model = sharded(model)
+    batch = to_batch(ROWS["forest"], pad_to_multiple_of=8)
+    total = target_weight(batch).sum()
+    set_backend(backend)
+    loss = tree_loss(model, share_row(batch, dist.group.WORLD), total)
+    loss.backward()
+    set_backend("auto")
+    found = gradients(model)
+    found = {name: 2 * g if wrapper == "fsdp2" else summed(g) for name, g in found.items()}
+    return summed(loss.detach()), found
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    results = {(wrapper, steps): by_branches(wrapper, steps) for wrapper in ("ddp", "fsdp2") for steps in (1, 2)}
+    for name, case in SHARED.items():
+        results[name] = shared(*case, checkpointing=name == "checkpointing")
+    results["fsdp2, shared"] = shared("Qwen3", {}, "flash", "fsdp2")
+    if dist.get_rank() == 0:
+        torch.save(results, sys.argv[1])
+    dist.barrier()
+    dist.destroy_process_group()  # threads of the group would abort the process at exit, now and then

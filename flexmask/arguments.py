@@ -253,6 +253,10 @@ class OnePassTrainingArguments(TrainingArguments):
             "of the longest pass; 0 for just those. Default: whole rows."
         },
     )
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={"help": "Ranks that have a row together, each some of its tokens: for rows that no GPU holds."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -287,8 +291,18 @@ class OnePassTrainingArguments(TrainingArguments):
                         f"tokens_in_memory and {name} exclude each other: a step goes backward several times; leave "
                         "tokens_in_memory out, or take FSDP2 (fsdp_version: 2), or an optimiser with a step of its own"
                     )
+            if self.sequence_parallel_size > 1:
+                raise ValueError(
+                    "tokens_in_memory and sequence_parallel_size exclude each other: a row is run branch by branch, or on "
+                    "several ranks; leave one of them out"
+                )
             if self.tokens_in_memory < 0:
                 raise ValueError(f"tokens_in_memory is {self.tokens_in_memory}, expected 0 or more")
+        if self.sequence_parallel_size < 1 or self.world_size % self.sequence_parallel_size:
+            raise ValueError(
+                f"sequence_parallel_size is {self.sequence_parallel_size}, expected a divisor of the {self.world_size} processes "
+                "(torchrun --nproc_per_node)"
+            )
         if self.dataloader_drop_last:
             raise ValueError(
                 "dataloader_drop_last must be false: a batch is one row, and the last ones would not be used"

@@ -7,6 +7,7 @@ from itertools import islice
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
@@ -14,6 +15,7 @@ from .arguments import OnePassTrainingArguments
 from .branches import backward_by_branches
 from .collator import empty_batch
 from .integrations.transformers import NAME, check_config, check_in_parts
+from .integrations.ulysses import check_heads, share_row
 from .loss import target_weight, tree_loss
 from .messages import ConversationError
 from .packing import RowStream
@@ -54,13 +56,22 @@ class OnePassTrainer(Trainer):
         inner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
         if args.tokens_in_memory is not None:
             check_in_parts(inner, "tokens_in_memory")
+        self._row_group, size = None, args.sequence_parallel_size
+        if size > 1:
+            check_in_parts(inner, "sequence_parallel_size")
+            check_heads(inner.config, size)
         super().__init__(model, args, *others, **options)
+        if size > 1:
+            mesh = init_device_mesh(self.accelerator.device.type, (args.world_size // size, size))
+            self._row_group = mesh.get_group(1)
+        # Ranks that have a row together count as one where rows are handed out.
+        self._row_rank, self._row_ranks = args.process_index // size, args.world_size // size
         self._sums: list[torch.Tensor] = []  # of an evaluation: (weighted loss, weight) of each row, float64
         self.model_accepts_loss_kwargs = True  # the loss below is divided by what _get_num_items_in_batch counts
 
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, RowStream):
-            self.train_dataset.for_rank(self.args.process_index, self.args.world_size)
+            self.train_dataset.for_rank(self._row_rank, self._row_ranks)
         loader = super().get_train_dataloader()
         if isinstance(self.train_dataset, RowStream) and isinstance(loader.dataset, IterableDatasetShard):
             # Each rank packs its own share of the conversations. Accelerate would take a share of that share.
@@ -68,6 +79,14 @@ class OnePassTrainer(Trainer):
         if isinstance(loader.batch_sampler, BatchSamplerShard):
             loader.batch_sampler.__class__ = _Share  # it is made deep inside Accelerate, and shared by two loaders
             loader.batch_sampler.even_batches = False
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = self._row_ranks, self._row_rank
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        loader = super().get_eval_dataloader(eval_dataset)
+        if self._row_group is not None and isinstance(loader.batch_sampler, BatchSamplerShard):
+            # Every row on every group: with rows repeated on some, no rank could tell which of them count.
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
         return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -88,6 +107,8 @@ class OnePassTrainer(Trainer):
             missing = num_batches - len(batches)
             pad_to_multiple_of = getattr(self.data_collator, "pad_to_multiple_of", 1)
             batches += [empty_batch(pad_to_multiple_of) for _ in range(missing)]
+        if self._row_group is not None:
+            batches = [share_row(batch, self._row_group) for batch in batches]
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _note_position(self, is_over: bool) -> None:
@@ -99,7 +120,7 @@ class OnePassTrainer(Trainer):
 
     def _shares(self) -> dict[str, int]:
         """What decides which rows of a stream come in which step."""
-        names = ("world_size", "dataloader_num_workers", "gradient_accumulation_steps")
+        names = ("world_size", "dataloader_num_workers", "gradient_accumulation_steps", "sequence_parallel_size")
         return {name: getattr(self.args, name) for name in names}
 
     def _init_training_state(self, *args, **options):
@@ -154,13 +175,16 @@ class OnePassTrainer(Trainer):
                 return super().compute_loss(model, inputs, False, num_items_in_batch) * 0
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
-            num_items_in_batch = None
+            num_items_in_batch = target_weight(inputs).sum()  # of the row
+            if self._row_group is not None:
+                inputs = share_row(inputs, self._row_group)
         loss = tree_loss(model, inputs, num_items_in_batch)
         if not model.training:
-            weight = target_weight(inputs).sum().to(loss)
-            row = torch.stack([loss.detach() * weight, weight])
+            weight = num_items_in_batch.to(loss)
+            row = torch.stack([loss.detach() * weight, weight / self.args.sequence_parallel_size])
             # Of all processes, without the rows that are repeated to give each process as many.
-            self._sums += self.accelerator.gather_for_metrics(row[None]).cpu().double()
+            gather = self.accelerator.gather_for_metrics if self._row_group is None else self.accelerator.gather
+            self._sums += gather(row[None]).cpu().double()
         elif num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # their gradients are averaged
         return (loss, {"loss": loss}) if return_outputs else loss

@@ -17,7 +17,7 @@ class Recording(OnePassTrainer):
 
     def training_step(self, model, inputs, *given):
         if inputs.get("target_weight", torch.ones(1)).any():
-            self.seen = [*getattr(self, "seen", []), inputs["labels"].flatten().tolist()]
+            self.seen = [*getattr(self, "seen", []), inputs["shift_labels"].flatten().tolist()]
         return super().training_step(model, inputs, *given)
 
 
@@ -27,12 +27,13 @@ def train_one_step(output_dir: str, accumulation: int, loss_reduction: str, kind
     other two."""
     set_seed(0)
     rows = rows_of_unequal_size(loss_reduction)
-    train = {"rows": rows, "three": rows[:3], "stream": pack_stream(rows, len(rows[3]))}[kind]
+    train = {"three": rows[:3], "stream": pack_stream(rows, len(rows[3]))}.get(kind, rows)
 
     def trainer(steps: int, accumulation: int) -> Recording:
         arguments = OnePassTrainingArguments(
             output_dir, max_steps=steps, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0,
             gradient_accumulation_steps=accumulation, use_cpu=True, save_strategy="no", disable_tqdm=True,
+            sequence_parallel_size=2 if kind == "each row on both" else 1,
         )  # fmt: skip
         made = Recording(
             tiny("Qwen3"),
@@ -47,14 +48,15 @@ def train_one_step(output_dir: str, accumulation: int, loss_reduction: str, kind
     one = trainer(1, accumulation)
     weights = one.accelerator.unwrap_model(one.model).state_dict()
     result = {"eval_loss": one.evaluate()["eval_loss"], "weights": weights, "processes": one.args.world_size}
-    if kind != "rows":  # into the third epoch, whichever process runs out first
+    if kind in ("three", "stream"):  # into the third epoch, whichever process runs out first
         longer = trainer(5, accumulation=1)
         result |= {"steps": longer.state.global_step, "seen": gather_object(longer.seen)}
     return result
 
 
 if __name__ == "__main__":
-    result = train_one_step(sys.argv[1], accumulation=2, loss_reduction=sys.argv[3], kind=sys.argv[4])
+    accumulation = 4 if sys.argv[4] == "each row on both" else 2
+    result = train_one_step(sys.argv[1], accumulation, loss_reduction=sys.argv[3], kind=sys.argv[4])
     if torch.distributed.get_rank() == 0:
         torch.save(result, sys.argv[2])
     torch.distributed.barrier()

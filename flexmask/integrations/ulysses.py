@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from ..loss import target_weight
 from ..mask import BLOCK_SIZE
@@ -41,19 +42,36 @@ class RankShare:
         Raises:
             NotImplementedError: heads that cannot be shared out.
         """
-        heads, kv_heads = query.shape[1], key.shape[1]
-        copies = self.ranks // math.gcd(self.ranks, kv_heads)
-        if heads % self.ranks or heads % (kv_heads * copies):
-            raise NotImplementedError(
-                f"{heads} heads of queries and {kv_heads} of keys cannot be shared out to {self.ranks} ranks "
-                f"(sequence_parallel_size); take a divisor of {heads} that divides {kv_heads} or is a multiple of it"
-            )
+        copies = _copies(query.shape[1], key.shape[1], self.ranks)
         key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
         return tuple(_Exchange.apply(x, self, True) for x in (query, key, value))
 
     def to_tokens(self, out: Tensor) -> Tensor:
         """(1, heads / ranks, L, head_dim) -> (1, heads, L / ranks, head_dim)."""
         return _Exchange.apply(out, self, False)
+
+
+def _copies(heads: int, kv_heads: int, ranks: int) -> int:
+    """On how many ranks each head of keys is."""
+    copies = ranks // math.gcd(ranks, kv_heads)
+    if heads % ranks or heads % (kv_heads * copies):
+        raise NotImplementedError(
+            f"{heads} heads of queries and {kv_heads} of keys cannot be shared out to {ranks} ranks (sequence_parallel_size); "
+            f"take a divisor of {heads} that divides {kv_heads}, or is a multiple of it"
+        )
+    return copies
+
+
+def check_heads(config: PreTrainedConfig, ranks: int) -> None:
+    """Refuse a model whose heads cannot be shared out, as far as its configuration tells.
+
+    Raises:
+        NotImplementedError: as `RankShare.to_heads`.
+    """
+    text = config.get_text_config(decoder=True)
+    heads, kv_heads = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if heads:
+        _copies(heads, kv_heads or heads, ranks)
 
 
 class _Exchange(torch.autograd.Function):

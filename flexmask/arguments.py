@@ -282,7 +282,7 @@ class OnePassTrainingArguments(TrainingArguments):
             )
         if self.tokens_in_memory is not None:
             for name, chosen in (
-                ("fsdp_version 1", bool(self.fsdp) and self.fsdp_config.get("fsdp_version", 1) != 2),
+                ("FSDP 1", bool(self.fsdp) and int(self.fsdp_config.get("version", 2)) != 2),
                 ("deepspeed", self.deepspeed is not None),
                 (f"optim {self.optim}", "lomo" in str(self.optim).lower()),
             ):

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from models import tiny
 from test_branches import ROWS
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
 from flexmask import backward_by_branches, set_backend, tree_loss
 from flexmask.collator import to_batch
@@ -82,12 +84,25 @@ def shared(family: str, changes: dict, backend: str, wrapper: str = "none", chec
     return summed(loss.detach()), found
 
 
+def tensor_parallel(folder: str) -> tuple:
+    """Loaded as people load it; each rank has some heads of every layer, and the whole row."""
+    if dist.get_rank() == 0:
+        tiny("Qwen3").save_pretrained(folder)
+    dist.barrier()
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", attn_implementation="flexmask").eval()
+    assert any(isinstance(p, DTensor) for p in model.parameters())
+    loss = tree_loss(model, to_batch(ROWS["forest"]))
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     results = {(wrapper, steps): by_branches(wrapper, steps) for wrapper in ("ddp", "fsdp2") for steps in (1, 2)}
     for name, case in SHARED.items():
         results[name] = shared(*case, checkpointing=name == "checkpointing")
     results["fsdp2, shared"] = shared("Qwen3", {}, "flash", "fsdp2")
+    results["tensor parallel"] = tensor_parallel(sys.argv[1] + ".model")
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[1])
     dist.barrier()

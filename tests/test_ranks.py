@@ -1,6 +1,7 @@
-"""Two processes against one: branch by branch, and one row on both."""
+"""Two processes against one: every way of spreading a model or a row over them, by itself and through the Trainer."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from models import tiny
 from ranks import SHARED
 from test_branches import ROWS, same, whole
+from test_transformers import Vocabulary
+from trainer_modes import MODES, WRAPPERS, train
 
 from flexmask import tree_loss
 from flexmask.collator import to_batch
@@ -21,11 +24,26 @@ from flexmask.loss import target_weight
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
+def launch(script, *arguments):
+    """Two processes, killed with their children if they wait for each other."""
+    here = Path(__file__).parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
+    process = subprocess.Popen(
+        [*LAUNCH, str(here / script), *map(str, arguments)], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        said = process.communicate(timeout=240)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, said[-5000:]
+
+
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    here, result = Path(__file__).parent, tmp_path_factory.mktemp("ranks") / "result.pt"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
-    subprocess.run([*LAUNCH, str(here / "ranks.py"), str(result)], env=environment, timeout=600, check=True)
+    result = tmp_path_factory.mktemp("ranks") / "result.pt"
+    launch("ranks.py", result)
     return torch.load(result)
 
 
@@ -41,10 +59,42 @@ def test_branch_by_branch_with_different_pieces(of_two, wrapper, steps):
     same(of_two[wrapper, steps], (loss.detach(), {n: steps * p.grad for n, p in model.named_parameters()}), 1e-6, 1e-6)
 
 
+def test_tensor_parallel(of_two):
+    same(of_two["tensor parallel"], whole(tiny("Qwen3"), to_batch(ROWS["forest"])), 1e-6, 1e-5)
+
+
 @pytest.mark.parametrize("case", [*SHARED, "fsdp2, shared"])
 def test_a_row_on_two_ranks(of_two, case):
     family, changes, _ = SHARED.get(case, SHARED["flash"])
     same(of_two[case], whole(tiny(family, **changes), to_batch(ROWS["forest"], pad_to_multiple_of=8)), 1e-6, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def of_modes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modes")
+    launch("trainer_modes.py", folder, folder / "found.pt")
+    return torch.load(folder / "found.pt")
+
+
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Vocabulary, "save_pretrained", lambda *_, **__: None, raising=False)
+        return train(tmp_path_factory.mktemp("one"), "ddp", ranks=1)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_trainer_in_every_mode(of_modes, of_one, mode, resumed):
+    """Two steps on rows of unequal size, and the second of them again from what was saved after the first."""
+    found = of_modes[mode, resumed]
+    assert found["wrapped"] == WRAPPERS[mode.partition(",")[0]]
+    for name, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5)):
+        assert found[name].keys() == of_one[name].keys() == {1, 2}
+        assert found[name] == pytest.approx(of_one[name], rel=tolerance)
+    assert found["weights"].keys() == of_one["weights"].keys()
+    for name, weight in of_one["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
 class Share(RankShare):

@@ -1,0 +1,86 @@
+"""Run by test_ranks.py under torchrun: two steps of the Trainer in every mode, with a save between them; then the second step
+again from what was saved. Losses, norms of gradients and weights to a file."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from models import tiny
+from safetensors.torch import load_file
+from test_transformers import Vocabulary, rows_of_unequal_size
+from transformers import set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from flexmask import OnePassCollator
+from flexmask.train import OnePassTrainer, OnePassTrainingArguments
+
+FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+ZERO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "zero_allow_untested_optimizer": True,
+}
+FSDP2 = {"fsdp": True, "fsdp_config": FSDP}
+MODES = {
+    "ddp": {},
+    "ddp, branch by branch": {"tokens_in_memory": 0},
+    "ddp, a row on both": {"sequence_parallel_size": 2},
+    "fsdp2": FSDP2,
+    "fsdp2, branch by branch": FSDP2 | {"tokens_in_memory": 0},
+    "fsdp2, a row on both": FSDP2 | {"sequence_parallel_size": 2},
+}
+for stage in (2, 3):  # last: once DeepSpeed has run in a process, others hang
+    of_stage = {"stage": stage} | ({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})
+    MODES[f"zero{stage}"] = {"deepspeed": ZERO | {"zero_optimization": of_stage}}
+    MODES[f"zero{stage}, a row on both"] = MODES[f"zero{stage}"] | {"sequence_parallel_size": 2}
+
+
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPQwen3ForCausalLM", "zero2": "DeepSpeedEngine"}
+WRAPPERS["zero3"] = WRAPPERS["zero2"]
+
+
+def train(folder: Path, mode: str, ranks: int, resume: bool = False) -> dict:
+    """With Adam, decay and clipping; every step has two rows, whatever the number of ranks."""
+    set_seed(0)
+    options = json.loads(json.dumps(MODES[mode])) if ranks > 1 else {}
+    accumulated = 2 // (ranks // options.get("sequence_parallel_size", 1))
+    model = tiny("Qwen3")  # before DeepSpeed is told of, which would make other weights
+    arguments = OnePassTrainingArguments(
+        str(folder), max_steps=2, learning_rate=1e-2, adam_epsilon=1e-3, gradient_accumulation_steps=accumulated,
+        use_cpu=True, save_strategy="steps", save_steps=1, logging_steps=1, disable_tqdm=True, weight_decay=0.1, **options,
+    )  # fmt: skip
+    if arguments.fsdp:  # on a CPU Accelerate runs DDP in its place, unless it is told that there are GPUs
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = OnePassTrainer(
+        model, arguments, train_dataset=rows_of_unequal_size("turn"), data_collator=OnePassCollator(Vocabulary())
+    )
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if resume else None)
+    trainer.save_model(str(folder / "final"))
+    history = trainer.state.log_history
+    found = {name: {e["step"]: float(e[name]) for e in history if name in e} for name in ("loss", "grad_norm")}
+    weights = load_file(folder / "final" / "model.safetensors") if trainer.is_world_process_zero() else None
+    return found | {"weights": weights, "wrapped": type(trainer.model_wrapped).__name__}
+
+
+def in_every_mode(folder: Path, ranks: int) -> dict:
+    found = {}
+    for mode in MODES:
+        for resume in (False, True):
+            found[mode, resume] = train(folder / mode, mode, ranks, resume)
+            AcceleratorState._reset_state()
+            GradientState._reset_state()
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+            unset_hf_deepspeed_config()
+    return found
+
+
+if __name__ == "__main__":
+    Vocabulary.save_pretrained = lambda *_, **__: None
+    found = in_every_mode(Path(sys.argv[1]), ranks=2)
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, sys.argv[2])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

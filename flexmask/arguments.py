@@ -259,6 +259,8 @@ class OnePassTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        if str(self.fsdp).lower() in ("true", "false"):  # a text, from the command line and from YAML
+            self.fsdp = str(self.fsdp).lower() == "true"
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             # The library's default for streams sends the batches of one process to all, and cuts them: a batch is one row.

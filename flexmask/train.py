@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from matplotlib.figure import Figure
 from transformers import (
     AutoConfig,
@@ -20,6 +20,7 @@ from transformers import (
     Trainer,
     set_seed,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from . import demo
 from .arguments import (
@@ -38,7 +39,7 @@ from .integrations.transformers import NAME, check_config
 from .loading import Loader, Part, open_dataset
 from .messages import Conversation, ConversationError, read_conversation
 from .trainer import OnePassTrainer, StopOnNonFiniteLoss
-from .verify import verify
+from .verify import Report, verify
 
 __all__ = [
     "GENERATED_DATA",
@@ -115,15 +116,15 @@ def train(
         processing_class=tokenizer,
         callbacks=[StopOnNonFiniteLoss()],
     )
-    if (data_args.verify or data_args.compare) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if data_args.compare and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ConversationError(
-            "a model that FSDP or DeepSpeed spreads over devices cannot be compared with N passes; run `flexmask verify` "
-            "on one device first, then train with --verify false and without --compare"
+            "--compare needs the trained model whole, and FSDP or DeepSpeed have it spread over devices; leave it out, and run "
+            "`flexmask verify` on what was saved"
         )
     if data_args.verify:
         if not whole:
             raise ConversationError("no conversation is whole, so none can be compared with N passes (--verify false)")
-        report = verify(model, tokenizer, whole[:2], **options)  # two, so that packing is compared too
+        report = _verify(trainer, tokenizer, whole[:2], options)  # two, so that packing is compared too
         tell(f"before training, {names}:\n{report}")
         if not report:
             raise MismatchError(
@@ -176,6 +177,25 @@ def prepare_datasets(
     for parts in loader.train_and_eval():
         if parts:
             loader.rows(parts)
+
+
+def _verify(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, conversations: list[dict], options: dict) -> Report:
+    """`verify` before the training, when FSDP and DeepSpeed have not yet taken the model; only ZeRO 3 has, when it was loaded.
+    What they will spread over devices is verified on one, if it fits there with its gradients, or else on none."""
+    model = trainer.model
+    if is_deepspeed_zero3_enabled():
+        import deepspeed  # or it would not be enabled
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return verify(model, tokenizer, conversations, **options)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return verify(model, tokenizer, conversations, **options)
+    found = [None]
+    if trainer.is_world_process_zero():
+        before = next(model.parameters()).device
+        found = [verify(model.to(trainer.args.device), tokenizer, conversations, **options)]
+        model.to(before)
+    return broadcast_object_list(found)[0]
 
 
 class MismatchError(RuntimeError):

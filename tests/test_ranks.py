@@ -9,6 +9,7 @@ from pathlib import Path
 import hybrids
 import pytest
 import torch
+from filelock import FileLock
 from models import tiny
 from ranks import SHARED
 from test_branches import ROWS, same, whole
@@ -41,10 +42,25 @@ def launch(script, *arguments):
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    result = tmp_path_factory.mktemp("ranks") / "result.pt"
-    launch("ranks.py", result)
-    return torch.load(result)
+def once(tmp_path_factory, worker_id):
+    """Results of a script, which one of pytest's workers runs for all."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "ranks"
+    folder.mkdir(exist_ok=True)
+
+    def result_of(script, *arguments):
+        result = folder / f"{script}.pt"
+        with FileLock(f"{result}.lock"):
+            if not result.exists():
+                launch(script, result, *(folder / argument for argument in arguments))
+        return torch.load(result)
+
+    return result_of
+
+
+@pytest.fixture(scope="module")
+def of_two(once):
+    return once("ranks.py")
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -70,10 +86,8 @@ def test_a_row_on_two_ranks(of_two, case):
 
 
 @pytest.fixture(scope="module")
-def of_modes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("modes")
-    launch("trainer_modes.py", folder, folder / "found.pt")
-    return torch.load(folder / "found.pt")
+def of_modes(once):
+    return once("trainer_modes.py", "modes")
 
 
 @pytest.fixture(scope="module")

@@ -79,8 +79,8 @@ def in_every_mode(folder: Path, ranks: int) -> dict:
 
 if __name__ == "__main__":
     Vocabulary.save_pretrained = lambda *_, **__: None
-    found = in_every_mode(Path(sys.argv[1]), ranks=2)
+    found = in_every_mode(Path(sys.argv[2]), ranks=2)
     if torch.distributed.get_rank() == 0:
-        torch.save(found, sys.argv[2])
+        torch.save(found, sys.argv[1])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -127,9 +127,8 @@ class Loader:
             shares = (f"{part.source.name} {number / len(trees):.1%} ({number:,})" for part, number in drawn)
             self.tell(f"in an epoch {len(trees):,} trees: {', '.join(shares)}")
         rows = pack(trees, self.args.max_tokens)
-        split = (
-            f"; {rows.split:,} larger trees were split, which repeats {rows.repeated:,} tokens" if rows.split else ""
-        )
+        repeated = int(rows.lengths.sum() - trees.lengths.sum()) + rows.shared
+        split = f"; {rows.split:,} larger trees were split, which repeats {repeated:,} tokens" if rows.split else ""
         shared = f"; conversations that begin alike share {rows.shared:,} tokens" if rows.shared else ""
         self.tell(f"{len(rows):,} rows of at most {self.args.max_tokens} tokens{split}{shared}")
         return trees, rows

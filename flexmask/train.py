@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from .inspect import draw_mask
 from .integrations.transformers import NAME, check_config
 from .loading import Loader, Part, open_dataset
 from .messages import Conversation, ConversationError, read_conversation
-from .trainer import OnePassTrainer, StopOnNonFiniteLoss
+from .trainer import OnePassTrainer, StopOnNonFiniteLoss, last_checkpoint
 from .verify import Report, verify
 
 __all__ = [
@@ -131,8 +131,7 @@ def train(
                 "the one-pass losses of this model are not those of N passes (table above), so training would "
                 "be wrong; nothing was trained. --verify false trains all the same"
             )
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "last") else resume)
+    trainer.train(resume_from_checkpoint=_checkpoint(args, tell))
     trainer.save_model()
     trainer.save_state()
     if data_args.streaming:
@@ -177,6 +176,17 @@ def prepare_datasets(
     for parts in loader.train_and_eval():
         if parts:
             loader.rows(parts)
+
+
+def _checkpoint(args: OnePassTrainingArguments, tell: Callable[[str], object]) -> str | None:
+    """What to resume from: what is named, or with "true" the last that is whole, if there is one."""
+    if args.resume_from_checkpoint not in ("true", "True", "last"):
+        return args.resume_from_checkpoint
+    found, unfinished = last_checkpoint(args.output_dir)
+    for path in unfinished:
+        tell(f"{path} was not written to its end, so it is not used")
+    tell(f"resuming from {found}" if found else f"there is no checkpoint in {args.output_dir}, so training begins anew")
+    return found and str(found)
 
 
 def _verify(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, conversations: list[dict], options: dict) -> Report:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import islice
+from pathlib import Path
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 
 from .arguments import OnePassTrainingArguments
@@ -189,6 +192,11 @@ class OnePassTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # their gradients are averaged
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # The state of the Trainer is written next, by one rank: where it is, all ranks have written theirs (`last_checkpoint`).
+        self.accelerator.wait_for_everyone()
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -201,6 +209,20 @@ class OnePassTrainer(Trainer):
 
 
 _POSITION = "flexmask.RowStream"  # its key in the state of the Trainer
+
+
+def last_checkpoint(folder: str | Path) -> tuple[Path | None, list[Path]]:
+    """The last checkpoint of a training that was written to its end, if there is one; and later ones that were not, because the
+    training was killed meanwhile."""
+    numbered = [(int(path.name.rpartition("-")[2]), path) for path in Path(folder).glob("checkpoint-*[0-9]")]
+    unfinished = []
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+            return path, unfinished
+        except (OSError, ValueError):
+            unfinished.append(path)
+    return None, unfinished
 
 
 class StopOnNonFiniteLoss(TrainerCallback):

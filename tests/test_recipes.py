@@ -1,5 +1,6 @@
-"""examples/recipes: each runs, with a tiny model in place of the large one, as many processes as can be had, and a CPU."""
+"""Whole trainings from the command line: the recipes, with a tiny model and a CPU; and after a crash."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,12 +12,27 @@ from test_ranks import LAUNCH
 
 from flexmask.demo import conversations, texts, tiny_model, train_tokenizer
 
-RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+HERE = Path(__file__).parent
+RECIPES = HERE.parent / "examples" / "recipes"
 # What two processes, or a tiny model, cannot have.
 INSTEAD = {
     "sequence_parallel_8_gpus": ["--sequence_parallel_size", "2"],
     "lora_one_gpu": ["--lora_r", "4"],
 }
+
+
+def run(command, **environment):
+    """Exit code, and all that was said."""
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    done = subprocess.run(
+        list(map(str, command)),
+        env=os.environ | environment,
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +58,49 @@ def test_recipe(recipe, tiny_folder, tmp_path):
         tmp_path / "cache",
     ]
     flags += ["--use_cpu", "true", "--max_steps", 2, "--max_tokens", 2048, "--max_samples", 40, "--logging_steps", 1]
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [*command, here / "recipes.py", "train", "--config", path, *map(str, flags), *INSTEAD.get(recipe, [])],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])},
-        cwd=here.parent, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-4000:]
+    code, said = run([*command, HERE / "recipes.py", "train", "--config", path, *flags, *INSTEAD.get(recipe, [])])
+    assert code == 0, said[-4000:]
     assert "before training, flexmask/generated:" in said and "the same losses" in said
     assert said.count("'loss':") == 2
     settings = yaml.safe_load(path.read_text())
     saved = "adapter_model.safetensors" if settings.get("use_peft") else "model.safetensors"
     assert (tmp_path / "out" / saved).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_while_saving_and_resumed(processes, tiny_folder, tmp_path):
+    """Goes on from the last checkpoint that is whole, prepares nothing again, and has the losses of a training that ran through.
+    The bug guarded: the last folder was taken, whole or not."""
+    flags = ["--model_name_or_path", tiny_folder, "--dataset_name", "flexmask/generated", "--max_samples", 60]
+    flags += ["--dataset_cache_dir", tmp_path / "cache", "--max_tokens", 1024, "--use_cpu", "true", "--verify", "false"]
+    flags += [
+        "--max_steps",
+        5,
+        "--save_steps",
+        1,
+        "--save_total_limit",
+        2,
+        "--logging_steps",
+        1,
+        "--learning_rate",
+        0.01,
+    ]
+    flags += ["--resume_from_checkpoint", "true", "--gradient_accumulation_steps", 2 // processes]
+    command = [*(LAUNCH if processes == 2 else [sys.executable]), HERE / "killed.py", "train", *flags, "--output_dir"]
+    code, said = run([*command, tmp_path / "killed"], KILL="1")
+    assert code != 0 and "there is no checkpoint" in said
+    prepared = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
+    assert (tmp_path / "killed" / "checkpoint-3" / "model.safetensors").exists()
+    code, said = run([*command, tmp_path / "killed"])
+    assert code == 0, said[-4000:]
+    assert "checkpoint-3 was not written to its end" in said and "checkpoint-2\n" in said
+    assert prepared == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} and prepared
+    code, _ = run([sys.executable, HERE / "killed.py", "train", *flags, "--gradient_accumulation_steps", 2,
+                   "--output_dir", tmp_path / "whole"])  # fmt: skip
+    assert code == 0
+    killed, whole = (
+        {entry["step"]: entry["loss"] for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+         if "loss" in entry}
+        for name in ("killed", "whole")
+    )  # fmt: skip
+    assert killed == pytest.approx(whole, rel=1e-6) and len(whole) == 5

@@ -1,0 +1,22 @@
+"""Run by test_recipes.py, under torchrun or alone: `flexmask train`, killed in the middle of writing its third checkpoint."""
+
+import os
+import signal
+import sys
+
+from flexmask.cli import main
+from flexmask.train import OnePassTrainer
+
+save = OnePassTrainer._save_rng_state
+
+
+def save_or_die(self, output_dir):
+    """With model and optimiser on the disk; of two ranks the second dies before it has written its own part."""
+    if self.state.global_step == 3 and self.args.process_index == self.args.world_size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, output_dir)
+
+
+if os.environ.get("KILL"):
+    OnePassTrainer._save_rng_state = save_or_die
+sys.exit(main(sys.argv[1:]))

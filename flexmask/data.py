@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import datasets
@@ -167,6 +167,11 @@ class Trees(Sequence):
         """`TokenTree.trunk` of one, without the tree."""
         return self._columns.trunk(self._rows[index])
 
+    @property
+    def visible_pairs(self) -> np.ndarray:
+        """int64, `TokenTree.visible_pairs` of each."""
+        return self._columns.visible_pairs[self._rows]
+
     def take(self, indices: np.ndarray) -> Trees:
         """Those trees, in that order; a tree may be taken several times."""
         return Trees(self._columns, self._rows[indices])
@@ -203,6 +208,15 @@ class _Columns:
         """A column that has one value for each tree."""
         none = np.empty(0, _SCHEMA.field(name).type.to_pandas_dtype())
         return np.concatenate([none, *(b.column(name).to_numpy(zero_copy_only=False) for b in self.batches)])
+
+    @cached_property
+    def visible_pairs(self) -> np.ndarray:
+        found = [np.empty(0, np.int64)]
+        for batch in self.batches:
+            begin, positions = _lists(batch, "position_ids")
+            total = np.append(0, positions[begin[0] : begin[-1]].cumsum(dtype=np.int64))[begin - begin[0]]
+            found.append(np.diff(total) + np.diff(begin))
+        return np.concatenate(found)
 
     def _sizes(self, name: str) -> np.ndarray:
         sizes = [np.diff(_lists(batch, name)[0]) for batch in self.batches]

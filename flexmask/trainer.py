@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
@@ -17,11 +20,12 @@ from transformers.trainer_utils import has_length
 from .arguments import OnePassTrainingArguments
 from .branches import backward_by_branches
 from .collator import empty_batch
+from .cost import row_flops
 from .integrations.transformers import NAME, check_config, check_in_parts
 from .integrations.ulysses import check_heads, share_row
 from .loss import target_weight, tree_loss
 from .messages import ConversationError
-from .packing import RowStream
+from .packing import Rows, RowStream
 
 
 class _Share(BatchSamplerShard):
@@ -30,6 +34,46 @@ class _Share(BatchSamplerShard):
 
     def __len__(self):
         return math.ceil(len(self.batch_sampler) / self.num_processes)
+
+
+class LevelSampler(Sampler):
+    """Rows in a random order, in which those that ranks take at the same time cost about the same.
+
+    Rows that are near in a random order are sorted by their costs, cut into groups of one row for each rank, and these come in a
+    random order. The same for every rank and every run of the same seed and epoch.
+
+    Args:
+        costs: (rows,), what each takes, in any unit.
+        ranks: how many rows are taken at the same time.
+        seed: of the order.
+    """
+
+    _NEAR = 64  # groups of which the rows are sorted together: enough to choose from, few enough to leave it to chance
+
+    def __init__(self, costs: np.ndarray, ranks: int, seed: int):
+        self.costs, self.ranks, self.seed = np.asarray(costs), ranks, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.costs)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self._epoch))
+        order = rng.permutation(len(self.costs))
+        whole = len(order) // self.ranks * self.ranks
+        groups = []
+        for near in np.split(order[:whole], range(self._NEAR * self.ranks, whole, self._NEAR * self.ranks)):
+            groups += (
+                np.split(near[np.argsort(self.costs[near], kind="stable")], len(near) // self.ranks)
+                if len(near)
+                else []
+            )
+        for group in rng.permutation(len(groups)):
+            yield from rng.permuted(groups[group]).tolist()
+        yield from order[whole:].tolist()  # of these some ranks have none
 
 
 class OnePassTrainer(Trainer):
@@ -71,6 +115,14 @@ class OnePassTrainer(Trainer):
         self._row_rank, self._row_ranks = args.process_index // size, args.world_size // size
         self._sums: list[torch.Tensor] = []  # of an evaluation: (weighted loss, weight) of each row, float64
         self.model_accepts_loss_kwargs = True  # the loss below is divided by what _get_num_items_in_batch counts
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(rows, Rows) or self._row_ranks == 1:
+            return super()._get_train_sampler(rows)
+        costs = row_flops(self.model.config, rows.lengths, rows.visible_pairs)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LevelSampler(costs, self._row_ranks, seed)
 
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, RowStream):

@@ -78,6 +78,11 @@ class TokenTree:
         return self.input_ids[: trunk_length(self.position_ids)]
 
     @property
+    def visible_pairs(self) -> int:
+        """Of a query and a key that it sees: what attention takes time for."""
+        return int(self.position_ids.sum()) + len(self)
+
+    @property
     def max_length(self) -> int:
         """Tokens of the longest path from a root to a leaf: the longest sequence the model sees."""
         return int(self.position_ids.max(initial=-1)) + 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import needs_linux, peak_bytes
+from peak_memory import needs_linux, peak_bytes
 from reference import conversation_passes, dense_attention, forest, random_parents
 
 import flexmask.attention

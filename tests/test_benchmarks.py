@@ -33,8 +33,8 @@ with patch("torch.cuda.is_available", return_value=False):  # float32 on a CPU, 
     import report
     import training
     from attention import check_equal
-    from memory import needs_linux
     from methods import GROUP_METHODS, METHODS, packed_trees
+    from peak_memory import needs_linux
 
 SAME_LOSS = {"npass": "group", "groups": "group", "growth": "turns", "split": None}  # rows that agree in this
 NAMES = sorted(path.stem for path in (BENCHMARKS / "configs").glob("*.yaml"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import needs_linux, peak_bytes
 from models import KeepFloat64, tiny
+from peak_memory import needs_linux, peak_bytes
 from reference import conversation_passes, forest, random_parents
 from test_transformers import Vocabulary, rows_of_unequal_size
 

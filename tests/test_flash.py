@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from memory import needs_linux, peak_bytes
+from peak_memory import needs_linux, peak_bytes
 from reference import conversation_passes, dense_attention
 from test_attention import close, gradients, problem, queries_of_the_last_tokens
 

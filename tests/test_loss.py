@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import needs_linux
 from models import FAMILIES, reference_attention, tiny
+from peak_memory import needs_linux
 from reference import conversation_passes, random_passes
 
 import flexmask.loss
@@ -425,7 +425,7 @@ def test_memory_of_the_loss_does_not_grow_with_the_targets(implementation):
     code = """
 import sys, numpy as np, torch
 sys.path.insert(0, sys.argv[1])
-from memory import peak_bytes
+from peak_memory import peak_bytes
 from models import tiny
 import flexmask.loss
 from flexmask import Pass, TokenTree, tree_loss

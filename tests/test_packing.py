@@ -182,6 +182,18 @@ def test_a_short_common_beginning_is_left_alone():
     assert len(row) == sum(map(len, enough)) - sharing.LEAST_SHARED
 
 
+def test_visible_pairs_of_rows():
+    rng = np.random.default_rng(0)
+    trees = [TokenTree.from_passes(random_passes(rng, 4, vocab=50)) for _ in range(5)]
+    for row in (rows := pack(trees, 60)):
+        expected = sum(len(prefixes(path)) for path in (row.input_ids[: n + 1] for n in row.position_ids))
+        assert row.visible_pairs == expected
+    assert rows.visible_pairs.tolist() == [row.visible_pairs for row in rows]
+    large = TokenTree.from_passes(conversation_passes(rng, 5, 20, 50, 20))
+    parts = pack([large], len(large) - 1)
+    assert len(parts) == 2 and parts.visible_pairs.sum() > large.visible_pairs
+
+
 def test_parts_of_a_tree_share_with_other_conversations():
     passes = conversation_passes(np.random.default_rng(0), 6, 200, 300, 50)
     large, small = TokenTree.from_passes(passes), TokenTree.from_passes(passes[:1])

@@ -334,6 +334,7 @@ def test_trees_stay_on_disk(tokenizer):
     assert same_trees(trees[3:5], [trees[3], trees[4]]) and trees[-1].num_passes == trees.num_passes[-1]
     with pytest.raises(IndexError):
         trees[24]
+    assert trees.visible_pairs.tolist() == [tree.visible_pairs for tree in trees]
     split = pack(trees, longest - 1)
     assert split.split == sum(trees.lengths == longest) and [len(row) for row in split] == split.lengths.tolist()
     assert same_trees(list(split), list(pack(list(trees), longest - 1)))

@@ -95,8 +95,7 @@ def test_killed_while_saving_and_resumed(processes, tiny_folder, tmp_path):
     assert code == 0, said[-4000:]
     assert "checkpoint-3 was not written to its end" in said and "checkpoint-2\n" in said
     assert prepared == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} and prepared
-    code, _ = run([sys.executable, HERE / "killed.py", "train", *flags, "--gradient_accumulation_steps", 2,
-                   "--output_dir", tmp_path / "whole"])  # fmt: skip
+    code, _ = run([*command, tmp_path / "whole"])
     assert code == 0
     killed, whole = (
         {entry["step"]: entry["loss"] for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]

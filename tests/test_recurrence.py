@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import needs_linux, peak_bytes
+from peak_memory import needs_linux, peak_bytes
 from reference import conversation_passes, forest, random_parents
 
 from flexmask import TokenTree

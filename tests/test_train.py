@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from distributed import Recording, train_one_step
@@ -19,6 +20,7 @@ from transformers import TrainingArguments
 from flexmask import ConversationError, OnePassCollator, pack_stream
 from flexmask.collator import empty_batch
 from flexmask.train import OnePassTrainer, OnePassTrainingArguments
+from flexmask.trainer import LevelSampler
 
 
 def by_hand(loss_reduction, trained=4):
@@ -140,6 +142,33 @@ def test_two_processes_are_as_one(tmp_path, loss_reduction, kind):
         times = Counter(map(tuple, result["seen"]))
         expected = [tuple(row.target_ids.tolist()) for row in rows_of_unequal_size()[:3]]
         assert times.total() == 8 and times.keys() == set(expected) and min(times.values()) == 2
+
+
+@pytest.mark.parametrize("rows, ranks", [(1, 2), (7, 2), (1000, 8), (1024, 8)])
+def test_ranks_take_rows_of_about_the_same_cost(rows, ranks):
+    """Every row once in an epoch, in another order in the next; what is taken together costs about the same, and whichever of it
+    is largest is on any rank."""
+    costs = np.random.default_rng(0).lognormal(sigma=0.5, size=rows)
+    sampler = LevelSampler(costs, ranks, seed=3)
+    first = list(sampler)
+    assert (
+        sorted(first) == list(range(rows))
+        and len(sampler) == rows
+        and list(LevelSampler(costs, ranks, seed=3)) == first
+    )
+    if rows < 1000:
+        return
+    sampler.set_epoch(1)
+    assert list(sampler) != first and sorted(sampler) == list(range(rows))
+    whole = rows // ranks * ranks
+    taken = costs[first[:whole]].reshape(-1, ranks)
+    random = np.random.default_rng(1).permutation(costs)[:whole].reshape(-1, ranks)
+    waiting, waiting_at_random = ((x.max(1) * ranks).sum() / x.sum() - 1 for x in (taken, random))
+    assert waiting < 0.15 * waiting_at_random
+    assert np.unique(taken.argmax(1)).size == ranks
+    assert abs(np.corrcoef(taken.mean(1)[:-1], taken.mean(1)[1:])[0, 1]) < 0.3, (
+        "small and large steps come in any order"
+    )
 
 
 def trained_rows(folder, steps, monkeypatch, save_steps=0, resume=None, **options):

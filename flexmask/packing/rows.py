@@ -126,6 +126,19 @@ class Rows(Sequence):
         self.split = len({part.tree for part in parts if part.passes is not None})
         self.shared = sum(part.tokens for part in parts) - int(self.lengths.sum())
 
+    @property
+    def visible_pairs(self) -> np.ndarray:
+        """int64, of each row those of its trees (`TokenTree.visible_pairs`), as if they shared nothing; of a part of a tree in
+        proportion to its tokens."""
+        of_tree = getattr(self._trees, "visible_pairs", None)
+        of_tree = np.array([tree.visible_pairs for tree in self._trees]) if of_tree is None else of_tree
+        lengths = getattr(self._trees, "lengths", None)
+        lengths = np.array(list(map(len, self._trees))) if lengths is None else lengths
+        parts = ([part for family in row for part in family] for row in self._plan)
+        return np.array(
+            [sum(int(of_tree[p.tree]) * p.tokens // int(lengths[p.tree]) for p in row) for row in parts], np.int64
+        )
+
     def __len__(self) -> int:
         return len(self._plan)
 

@@ -1,0 +1,90 @@
+"""What rows save by sharing beginnings across conversations: tokens, FLOPs of a training step, and the time to plan them.
+
+"separate" is the same packing with nothing shared. FLOPs are counted (`flexmask.cost`) for the model of the settings.
+
+python benchmarks/rows.py cpu
+"""
+
+import time
+from unittest.mock import patch
+
+import numpy as np
+from common import Benchmark, bars
+from training import SHAPES
+
+from flexmask import Pass, TokenTree, cost, pack
+from flexmask.data import build_trees, load_conversations
+from flexmask.demo import texts, train_tokenizer
+from flexmask.packing import sharing
+
+SAVED = "fewer tokens by"
+
+
+def main() -> None:
+    bench = Benchmark("rows", __doc__)
+    bench.run(lambda: fill(bench), lambda axis: draw(bench.measured, axis))
+
+
+def fill(bench: Benchmark) -> None:
+    settings = bench.settings
+    config = SHAPES[settings.shape](max_position_embeddings=2**20)
+    for name, what in settings.datasets.items():
+        trees = trees_of(**what)
+        tokens = sum(map(len, trees))
+        for max_tokens in settings.max_tokens:
+            if max_tokens < max(tree.max_length for tree in trees):
+                continue
+            with patch.object(sharing, "LEAST_SHARED", 2**62):
+                separate, _ = planned(trees, max_tokens)
+            rows, seconds = planned(trees, max_tokens)
+            run, run_separate = (sum(map(len, of)) for of in (rows, separate))
+            found = {
+                "dataset": name,
+                "max_tokens": max_tokens,
+                "trees": len(trees),
+                "tokens": tokens,
+                "tokens run": run,
+            }
+            found |= {"rows": len(rows), "rows, separate": len(separate), SAVED: run_separate / run}
+            if settings.flops:
+                flops, flops_separate = (sum(cost(row, config).one_pass.flops for row in of) for of in (rows, separate))
+                found["fewer FLOPs by"] = flops_separate / flops
+            bench.add(**found, **{"seconds to plan": seconds})
+
+
+def planned(trees, max_tokens: int):
+    start = time.perf_counter()
+    rows = pack(trees, max_tokens)
+    return rows, time.perf_counter() - start
+
+
+def trees_of(file: str | None = None, **lengths) -> list[TokenTree]:
+    """Of a file of conversations, in the tokens of a tokenizer trained on it; or of random tokens."""
+    if file is None:
+        return random_trees(**lengths)
+    conversations = load_conversations(file)
+    return list(build_trees(conversations, train_tokenizer(texts(conversations), vocab_size=8192)).trees)
+
+
+def random_trees(trees: int, beginning: int, samples: int, rest: int) -> list[TokenTree]:
+    """Conversations of one pass: a beginning that all have in common; prompts, each answered several times; lengths of what
+    follows drawn around the mean (0.5 to 1.5 times)."""
+    rng = np.random.default_rng(0)
+    common, found = rng.integers(0, 8192, beginning), []
+    while len(found) < trees:
+        prompt = np.concatenate([common, rng.integers(0, 8192, rng.integers(rest // 2, rest * 3 // 2))])
+        for _ in range(min(samples, trees - len(found))):
+            ids = np.concatenate([prompt, rng.integers(0, 8192, rng.integers(rest // 2, rest * 3 // 2))])
+            found.append(TokenTree.from_passes([Pass(ids, np.arange(len(ids)) >= len(prompt))]))
+    return found
+
+
+def draw(rows: list[dict], axis) -> None:
+    bars(axis, rows, "dataset", "max_tokens", SAVED)
+    axis.axhline(1, color="k", linewidth=0.5)
+    axis.set(ylabel="tokens separate over tokens run", title="rows that share beginnings")
+    axis.legend(title="tokens of a row", fontsize=7)
+
+
+if __name__ == "__main__":
+    main()

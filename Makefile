@@ -33,7 +33,7 @@ gpu-test: build/gpu/flexmask_kernels  ## the tests that need a GPU, and the kern
 # Each benchmark has so many seconds, eight minutes together; what it has by then is in benchmarks/results.
 gpu-bench: build/gpu/flexmask_kernels  ## the GPU sizes of the benchmarks: JSON and pictures into benchmarks/results
 	failed=; for run in "attention gpu 60" "npass gpu 80" "npass gpu_hybrid 40" "recurrence gpu 30" "npass gpu_agent 60" \
-	  "npass gpu_mathchat 50" "loss_memory gpu 15" "kernel_configs gpu 45" "attention gpu_more 35" "growth gpu 25" "split gpu 20" "groups gpu 20"; do set -- $$run; \
+	  "npass gpu_mathchat 50" "memory gpu 40" "loss_memory gpu 15" "kernel_configs gpu 25" "attention gpu_more 35" "growth gpu 25" "groups gpu 20"; do set -- $$run; \
 	  $(GPU) timeout -k 10 -s INT $$3 $(PYTHON) benchmarks/$$1.py $$2 || test $$? -eq 124 || failed="$$failed $$1:$$2"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

@@ -22,7 +22,9 @@ from common import Benchmark, _status, bars, in_own_process, measure, ratio, spr
 from transformers import AutoTokenizer
 
 from flexmask import OnePassCollator, TokenTree, pack, render_passes
-from flexmask.data import _SCHEMA, CHUNK, _batch, load_conversations, prepare, tree_maker
+from flexmask.data import load_conversations, prepare, tree_maker
+from flexmask.data.columns import SCHEMA
+from flexmask.data.preparation import CHUNK, _batch
 from flexmask.demo import conversations as generate_conversations
 from flexmask.demo import texts as texts_of
 from flexmask.demo import train_tokenizer
@@ -115,7 +117,7 @@ def rows_of_overhead(bench: Benchmark, name: str, count: int) -> None:
     rounds = []
     for _ in range(bench.settings.repeats):
         seconds = {plain: 0.0, whole: 0.0}
-        with tempfile.TemporaryFile() as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        with tempfile.TemporaryFile() as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for first in range(0, count, CHUNK):
                 for do in seconds:
                     before = time.process_time()

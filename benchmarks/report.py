@@ -172,6 +172,39 @@ def split(result: dict) -> list[list[str]]:
     )
 
 
+def memory(result: dict) -> list[list[str]]:
+    """Of a step, over that of one sequence at a time."""
+    return _columns(
+        result["rows"],
+        {
+            "conversation": lambda row: row["group"],
+            "": lambda row: row["method"],
+            "tokens run": lambda row: f"{row['tokens run']:,}",
+            "step": lambda row: _seconds(row["step"]),
+            "over one sequence at a time": lambda row: _times(row["time over that of one sequence at a time"]),
+            "peak memory": lambda row: f"{row['peak MiB']:,.0f} MiB",
+            "over one sequence": lambda row: f"{row['memory over that of one sequence']:.2f}×",
+        },
+    )
+
+
+def rows(result: dict) -> list[list[str]]:
+    """What sharing saves, and how long it takes to plan."""
+    return _columns(
+        result["rows"],
+        {
+            "conversations": lambda row: row["dataset"],
+            "tokens of a row": lambda row: f"{row['max_tokens']:,}",
+            "tokens": lambda row: f"{row['tokens']:,}",
+            "tokens run": lambda row: f"{row['tokens run']:,}",
+            "fewer by": lambda row: f"{row['fewer tokens by']:.2f}×",
+            "fewer FLOPs by": lambda row: f"{row['fewer FLOPs by']:.2f}×",
+            "rows (separate)": lambda row: f"{row['rows']:,} ({row['rows, separate']:,})",
+            "planned in": lambda row: f"{row['seconds to plan']:.2f} s",
+        },
+    )
+
+
 def groups(result: dict) -> list[list[str]]:
     return _columns(
         result["rows"],
@@ -303,7 +336,7 @@ def kernel_configs(result: dict) -> list[list[str]]:
 TABLES: dict[str, Callable[[dict], list[list[str]]]] = {
     table.__name__: table
     for table in (
-        headline, side_by_side, npass, attention, growth, split, groups, loss_memory, preprocessing, overhead,
+        headline, side_by_side, npass, attention, growth, split, memory, rows, groups, loss_memory, preprocessing, overhead,
         at_scale, accuracy, kernel_configs, recurrence,
     )
 }  # fmt: skip

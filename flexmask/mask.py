@@ -317,7 +317,8 @@ def mask_mod(
     """The tree mask as FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`. Arguments as in `block_lists`."""
     if first:
         whole = mask_mod(subtree_end, position_ids=position_ids, sliding_window=sliding_window)
-        return lambda b, h, q_idx, kv_idx: whole(b, h, q_idx + first, kv_idx)
+        offset = subtree_end.new_full((), first)  # a number would be compiled in, one variant for each
+        return lambda b, h, q_idx, kv_idx: whole(b, h, q_idx + offset, kv_idx)
 
     def tree_mask(b, h, q_idx, kv_idx):
         return (kv_idx <= q_idx) & (q_idx < subtree_end[b, kv_idx])

@@ -6,16 +6,19 @@ In place of an optimiser, gradients; of each case those of one process are what 
 import contextlib
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from models import tiny
+from peak_memory import peak_bytes
+from reference import conversation_passes
 from test_branches import ROWS
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from flexmask import backward_by_branches, set_backend, tree_loss
+from flexmask import TokenTree, backward_by_branches, set_backend, tree_loss
 from flexmask.collator import to_batch
 from flexmask.integrations.ulysses import share_row
 from flexmask.loss import target_weight
@@ -84,6 +87,32 @@ def shared(family: str, changes: dict, backend: str, wrapper: str = "none", chec
     return summed(loss.detach()), found
 
 
+def flex_forward() -> torch.Tensor:
+    """FlexAttention has no backward on a CPU."""
+    model, batch = tiny("Qwen3", head_dim=16), to_batch(ROWS["forest"])
+    set_backend("flex")
+    with torch.no_grad():
+        loss = tree_loss(model, share_row(batch, dist.group.WORLD), target_weight(batch).sum())
+    set_backend("auto")
+    return summed(loss)
+
+
+def peaks() -> tuple[int, int]:
+    """Bytes of a step of a rank of two, and of one that has the whole row."""
+    passes = conversation_passes(np.random.default_rng(0), 6, 60, 400, 60, 512)
+    batch = to_batch(TokenTree.from_passes(passes), pad_to_multiple_of=256)
+    model = tiny("Qwen3", hidden_size=256, intermediate_size=1024, num_hidden_layers=4, head_dim=64)
+    total = target_weight(batch).sum()
+
+    def step(of: dict) -> None:
+        tree_loss(model, of, total).backward()
+        model.zero_grad(set_to_none=True)
+
+    shared_batch = share_row(batch, dist.group.WORLD)
+    step(shared_batch)  # what the first step alone allocates
+    return tuple(peak_bytes(lambda of=of: step(of)) for of in (shared_batch, batch))
+
+
 def tensor_parallel(folder: str) -> tuple:
     """Loaded as people load it; each rank has some heads of every layer, and the whole row."""
     if dist.get_rank() == 0:
@@ -102,6 +131,7 @@ if __name__ == "__main__":
     for name, case in SHARED.items():
         results[name] = shared(*case, checkpointing=name == "checkpointing")
     results["fsdp2, shared"] = shared("Qwen3", {}, "flash", "fsdp2")
+    results["flex"], results["peaks"] = flex_forward(), peaks()
     results["tensor parallel"] = tensor_parallel(sys.argv[1] + ".model")
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[1])

@@ -408,6 +408,21 @@ def test_auto_does_not_hide_other_errors(preferred, error):
     assert not flexmask.attention._broken
 
 
+def test_flex_is_compiled_for_queries_of_any_last_tokens():
+    """Pieces of rows come in all sizes, each after another number of keys."""
+    from flexmask.backends import flex
+
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for i, (length, first) in enumerate([(384, 128), (512, 256), (640, 512), (896, 128), (700, 384)]):
+            if i == 2:
+                patch.setattr(flex, "RECOMPILE_LIMIT", 1)  # it raises if there is more to compile
+            q, k, v, _, ends, _, visible = detached(problem(5, length, dim=16, value_dim=16, dtype=torch.float32))
+            found = tree_attention(q[:, :, first:], k, v, ends, backend="flex")
+            close(found, dense_attention(*(x.double() for x in (q, k, v)), visible)[:, :, first:], 1e-5)
+    torch._dynamo.reset()
+
+
 def test_flex_compiles_more_variants_than_dynamos_limit_and_lengths_cost_none():
     """The bug guarded: a second soft-cap became symbolic, which the CPU kernel refused; and dynamo's limit is 8."""
     from flexmask.backends import flex

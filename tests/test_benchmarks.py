@@ -33,15 +33,22 @@ with patch("torch.cuda.is_available", return_value=False):  # float32 on a CPU, 
     import report
     import training
     from attention import check_equal
-    from methods import GROUP_METHODS, METHODS, packed_trees
+    from methods import GROUP_METHODS, MEMORY_METHODS, METHODS, packed_trees
     from peak_memory import needs_linux
 
-SAME_LOSS = {"npass": "group", "groups": "group", "growth": "turns", "split": None}  # rows that agree in this
+SAME_LOSS = {
+    "npass": "group",
+    "groups": "group",
+    "growth": "turns",
+    "split": None,
+    "memory": "group",
+}  # rows that agree in this
 NAMES = sorted(path.stem for path in (BENCHMARKS / "configs").glob("*.yaml"))
 # What a row is about, as far as there is a table; `loss` is a number elsewhere, which no table shows.
 IDENTITY = {
     "group", "method", "turns", "parts", "loss", "conversation", "length", "heads", "dtype", "attention", "visible",
-    "visible of visited tiles", "conversations", "dataset", "stage", "model", "head size", "kernel", "m, n, warps, stages",
+    "visible of visited tiles", "conversations", "dataset", "max_tokens", "stage", "model", "head size", "kernel",
+    "m, n, warps, stages",
     "pinned", "layer",
 }  # fmt: skip
 CONVERSATION = {"turns": [3, 3], "lengths": [30, 60, 20]}
@@ -83,7 +90,15 @@ def test_smallest_size(name, tmp_path):
                 assert not lines, "one-pass, compared with nothing"
             else:
                 assert lines or table in ("headline", "side_by_side")
-            if rows[0] is failed and table in ("npass", "attention", "split", "groups", "loss_memory", "recurrence"):
+            if rows[0] is failed and table in (
+                "npass",
+                "attention",
+                "split",
+                "memory",
+                "groups",
+                "loss_memory",
+                "recurrence",
+            ):
                 assert report.MISSING in lines[0] and "" not in lines[0][1:]
 
 
@@ -108,11 +123,13 @@ def test_results_are_of_their_settings_and_of_a_commit(path):
 
 
 def spec(method, **options):
-    what = CONVERSATION if method in METHODS else COMPLETIONS
+    what = CONVERSATION if method in METHODS | MEMORY_METHODS else COMPLETIONS
     return {"shape": "tiny", "conversations": 2, "max_tokens": 1024, "method": method, "repeats": 3} | what | options
 
 
-@pytest.mark.parametrize("methods", [METHODS, GROUP_METHODS], ids=["conversations", "groups"])
+@pytest.mark.parametrize(
+    "methods", [METHODS, {**MEMORY_METHODS, "one-pass": None}, GROUP_METHODS], ids=["conversations", "memory", "groups"]
+)
 def test_all_methods_have_the_same_gradients(methods):
     """With weights so large that attention is far from uniform, and a wrong position or mask shows."""
     gradients = []

@@ -167,7 +167,7 @@ def test_prepared_ahead_from_several_files_with_some_held_out(tmp_path, data, mo
     assert "other.json: 6 conversations" in prepared and "4 trees are held out for evaluation" in prepared
     assert "other.json 75.0%" in prepared and prepared.count(" rows of at most 2048 tokens") == 2
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("flexmask.data._write", None)
+    monkeypatch.setattr("flexmask.data.preparation._write", None)
     assert main(["train", *flags, "--compare", "1"]) == 0
     trained = capsys.readouterr().out
     assert prepared in trained and trained.count("the same losses") == 2

@@ -1,5 +1,6 @@
 """What only a GPU can show: `make gpu-test`. Error budgets, repeatability, memory, large tensors."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -9,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import tiny
 from reference import conversation_passes, dense_attention
 from test_attention import problem
 
-from flexmask import TokenTree, tree_attention
+from flexmask import TokenTree, backward_by_branches, tree_attention, tree_loss
+from flexmask.attention import using_backend
+from flexmask.collator import to_batch
 
 pytestmark = [
     pytest.mark.cuda,
@@ -90,6 +94,56 @@ def conversation_row(length, turns=12, batch=1):
     tree = TokenTree.from_passes(conversation_passes(rng, turns, 80, 400, 120))
     row = TokenTree.concat([tree] * (length // len(tree) + 1))
     return torch.from_numpy(row.subtree_end[:length].clip(max=length)).expand(batch, -1).contiguous().cuda()
+
+
+@pytest.mark.parametrize("backend", ["flash", "flex"])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("first", [128, 896])
+def test_queries_of_the_last_tokens_alone(backend, window, first):
+    """Against float64, at most twice as far as with the queries of all."""
+    *inputs, _, ends, positions, visible = (
+        x.cuda() for x in problem(0, 1024, dtype=torch.bfloat16, dim=64, value_dim=64)
+    )
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    weight = torch.randn(1, 4, 1024 - first, 64, device="cuda", dtype=torch.float64)
+
+    def ours(q, k, v):
+        options = {"sliding_window": window, "position_ids": positions, "backend": backend}
+        return tree_attention(q[:, :, first:], k, v, ends, **options)
+
+    def of_all(q, k, v):
+        options = {"sliding_window": window, "position_ids": positions, "backend": backend}
+        return tree_attention(q, k, v, ends, **options)[:, :, first:]
+
+    def dense(q, k, v):
+        return dense_attention(q, k, v, visible, window=window, positions=positions)[:, :, first:]
+
+    exact = everything(dense, [x.detach().double().requires_grad_() for x in leaves], weight)
+    found, whole = (relative_errors(everything(f, leaves, weight), exact) for f in (ours, of_all))
+    for a, b in zip(found, whole, strict=True):
+        assert a <= 2 * b
+
+
+@pytest.mark.parametrize("backend", ["auto", "flash", "flex"])
+def test_branch_by_branch(backend):
+    """Losses and gradients of a model in bfloat16, at most twice as far from float32 as those of the whole row; and memory."""
+    passes = conversation_passes(np.random.default_rng(0), 6, 60, 700, 60, 512)
+    batch = to_batch(TokenTree.from_passes(passes))
+    exact_model = tiny("Qwen3", head_dim=64, hidden_size=256, intermediate_size=1024, num_hidden_layers=4).cuda()
+    tree_loss(exact_model, batch).backward()
+    exact = {name: p.grad for name, p in exact_model.named_parameters()}
+    model = copy.deepcopy(exact_model).bfloat16()
+    errors, peaks = [], []
+    for step in (backward_by_branches, lambda *given: tree_loss(*given).backward()):
+        with using_backend(backend):
+            for _ in range(2):  # in the first, compilation needs memory of its own
+                model.zero_grad()
+                torch.cuda.reset_peak_memory_stats()
+                step(model, batch)
+        peaks.append(torch.cuda.max_memory_allocated())
+        found = {name: p.grad.float() for name, p in model.named_parameters()}
+        errors.append(max(((found[name] - g).norm() / g.norm()).item() for name, g in exact.items()))
+    assert errors[0] <= 2 * errors[1] and peaks[0] < 0.6 * peaks[1]
 
 
 @pytest.mark.parametrize("backend", ["triton", "flash"])

@@ -25,9 +25,19 @@ from test_data import ANSWER, GOOD, USER, lines, same_trees, write
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from flexmask import ConversationError, Pass, TokenTree, data, demo, pack, pack_stream
+from flexmask import ConversationError, Pass, TokenTree, demo, pack, pack_stream
 from flexmask.arguments import DataArguments
-from flexmask.data import Counts, build_trees, load_conversations, prepare, tokenizer_fingerprint, tree_maker
+from flexmask.data import (
+    Counts,
+    build_trees,
+    columns,
+    load_conversations,
+    making,
+    preparation,
+    prepare,
+    tokenizer_fingerprint,
+    tree_maker,
+)  # fmt: skip
 from flexmask.loading import Loader, Part, TreeStream, hold_out, mix
 from flexmask.packing import RowStream
 from flexmask.sources import HubDataset, InMemory, Interleaved, open_source
@@ -50,7 +60,7 @@ def prepared(maker, name="data.jsonl", **options):
 
 
 def nothing_is_made():
-    return patch.object(data, "_write", side_effect=AssertionError("made again"))
+    return patch.object(preparation, "_write", side_effect=AssertionError("made again"))
 
 
 # Kept
@@ -78,8 +88,8 @@ def test_it_is_found_again_in_another_process_with_a_tokenizer_loaded_anew(token
         assert prepared(tree_maker(loaded)).path == kept.path
         assert prepared(tree_maker(loaded), num_proc=2).path == kept.path
     script = (
-        "from transformers import AutoTokenizer; from flexmask.data import prepare, tree_maker, _write; "
-        "from flexmask.sources import open_source; import flexmask.data; flexmask.data._write = None; "
+        "from transformers import AutoTokenizer; from flexmask.data import prepare, tree_maker; "
+        "from flexmask.sources import open_source; import flexmask.data; flexmask.data.preparation._write = None; "
         "maker = tree_maker(AutoTokenizer.from_pretrained('tokenizer')); "
         "print(prepare(open_source('data.jsonl'), maker, cache_dir='cache').path)"
     )
@@ -125,7 +135,7 @@ def test_a_change_of_anything_makes_other_trees(tokenizer, monkeypatch):
     changed(tree_maker(other))
     with nothing_is_made():
         assert prepared(tree_maker(tokenizer)).path == paths[0]
-    monkeypatch.setattr(data, "_code", lambda: "of another version")
+    monkeypatch.setattr(making, "_code", lambda: "of another version")
     changed(tree_maker(tokenizer))
 
 
@@ -142,15 +152,15 @@ def test_a_tokenizer_in_python_is_what_it_was_made_with(tmp_path):
 
 def test_the_code_that_reads_records_is_part_of_what_trees_depend_on(monkeypatch):
     """The bug guarded: sources.py was left out."""
-    before, read = data._code.__wrapped__(), Path.read_text
-    for name in ("sources", "messages", "tree", "data"):
+    before, read = making._code.__wrapped__(), Path.read_text
+    for name in ("sources", "messages", "tree", "making", "render"):
 
         def changed(path, name=name):
             return read(path) + "#" * (path.name == f"{name}.py")
 
         with monkeypatch.context() as patched:
             patched.setattr(Path, "read_text", changed)
-            assert data._code.__wrapped__() != before, name
+            assert making._code.__wrapped__() != before, name
 
 
 def test_options_that_are_no_json_cannot_be_kept(tokenizer):
@@ -183,19 +193,19 @@ def test_limits_matter_only_where_a_pass_is_longer(tokenizer):
 
 def test_processes_are_as_many_as_are_worth_it(tokenizer):
     """The bug guarded: their number was that of conversations by 256, so that one process rendered 255 long logs."""
-    render, pools = data._batch, []
+    render, pools = preparation._batch, []
 
-    class Pool(data.ProcessPoolExecutor):
+    class Pool(preparation.ProcessPoolExecutor):
         def __init__(self, num_proc, **options):
             pools.append(num_proc)
             super().__init__(num_proc, **options)
 
-    with patch.object(data, "ProcessPoolExecutor", Pool), patch.object(data, "_cores", lambda: 2):
+    with patch.object(preparation, "ProcessPoolExecutor", Pool), patch.object(preparation, "_cores", lambda: 2):
         write("data.jsonl", lines(*CONVERSATIONS))
         short = prepared(tree_maker(tokenizer))
         assert pools == []
         write("data.jsonl", lines(*CONVERSATIONS, CONVERSATIONS[0]))
-        with patch.object(data, "_batch", lambda *given: time.sleep(2) or render(*given)):
+        with patch.object(preparation, "_batch", lambda *given: time.sleep(2) or render(*given)):
             long = prepared(tree_maker(tokenizer))
         assert pools == [2] and same_trees(long.trees[:24], short.trees) and len(long.trees) == 25
 
@@ -233,7 +243,8 @@ def test_what_was_cut_short_is_made_anew(tokenizer, name):
 
 SLOW = """
 import time
-from flexmask import data, demo
+from flexmask import demo
+from flexmask.data import preparation as data
 from flexmask.sources import open_source
 
 def slow(*given):
@@ -300,7 +311,7 @@ def test_who_waits_for_another_process_says_so(tokenizer):
 def test_of_several_processes_one_prepares(tokenizer):
     write("data.jsonl", lines(*CONVERSATIONS))
     fork = multiprocessing.get_context("fork")
-    queue, started, write_it = fork.SimpleQueue(), fork.Barrier(3), data._write
+    queue, started, write_it = fork.SimpleQueue(), fork.Barrier(3), preparation._write
 
     def make(*given):
         queue.put("made")
@@ -310,7 +321,7 @@ def test_of_several_processes_one_prepares(tokenizer):
         started.wait()
         queue.put(len(prepared(tree_maker(tokenizer)).trees))
 
-    with patch.object(data, "_write", make):
+    with patch.object(preparation, "_write", make):
         processes = [fork.Process(target=run) for _ in range(3)]
         for process in processes:
             process.start()
@@ -325,7 +336,7 @@ def test_trees_stay_on_disk(tokenizer):
     write("data.jsonl", lines(*CONVERSATIONS))
     trees = prepared(tree_maker(tokenizer)).trees
     longest = int(trees.lengths.max())
-    with patch.object(data._Columns, "tree", side_effect=AssertionError("read")):
+    with patch.object(columns.Columns, "tree", side_effect=AssertionError("read")):
         rows = pack(trees, longest)
         sent = pickle.dumps(rows)
     assert len(sent) < 20_000 < os.stat(next(trees._columns.parts[0].parent.iterdir())).st_size

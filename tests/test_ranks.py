@@ -11,6 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 from models import tiny
+from peak_memory import needs_linux
 from ranks import SHARED
 from test_branches import ROWS, same, whole
 from test_transformers import Vocabulary
@@ -83,6 +84,17 @@ def test_tensor_parallel(of_two):
 def test_a_row_on_two_ranks(of_two, case):
     family, changes, _ = SHARED.get(case, SHARED["flash"])
     same(of_two[case], whole(tiny(family, **changes), to_batch(ROWS["forest"], pad_to_multiple_of=8)), 1e-6, 1e-5)
+
+
+def test_flex_on_two_ranks(of_two):
+    expected = tree_loss(tiny("Qwen3", head_dim=16), to_batch(ROWS["forest"]))
+    torch.testing.assert_close(of_two["flex"], expected.detach(), rtol=1e-6, atol=0)
+
+
+@needs_linux
+def test_memory_of_a_rank_is_about_half(of_two):
+    shared, whole_row = of_two["peaks"]
+    assert shared < 0.6 * whole_row
 
 
 @pytest.fixture(scope="module")

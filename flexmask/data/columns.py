@@ -1,0 +1,112 @@
+"""Trees as columns, in memory or mapped from files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ..tree import TokenTree, trunk_length
+
+LIST_TYPES = {f.name: pa.list_(pa.float32() if f.name == "pass_weights" else pa.int32()) for f in fields(TokenTree)}
+SCHEMA = pa.schema({"conversation": pa.int64(), "intact": pa.bool_()} | LIST_TYPES)
+
+
+class Trees(Sequence):
+    """Trees as columns of Arrow record batches, in memory or mapped from files; a TokenTree is made when one is asked for.
+
+    Attributes:
+        lengths: int64, tokens of each.
+        num_passes: int64, passes of each.
+    """
+
+    def __init__(self, columns: Columns, rows: np.ndarray | None = None):
+        self._columns = columns
+        self._rows = np.arange(len(columns.lengths)) if rows is None else rows
+        self.lengths, self.num_passes = columns.lengths[self._rows], columns.num_passes[self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        return self._columns.tree(self._rows[index])
+
+    def __add__(self, other: Trees) -> Trees:
+        columns = Columns(self._columns.parts + other._columns.parts)
+        return Trees(columns, np.concatenate([self._rows, other._rows + len(self._columns.lengths)]))
+
+    def trunk(self, index: int) -> np.ndarray:
+        """`TokenTree.trunk` of one, without the tree."""
+        return self._columns.trunk(self._rows[index])
+
+    @property
+    def visible_pairs(self) -> np.ndarray:
+        """int64, `TokenTree.visible_pairs` of each."""
+        return self._columns.visible_pairs[self._rows]
+
+    def take(self, indices: np.ndarray) -> Trees:
+        """Those trees, in that order; a tree may be taken several times."""
+        return Trees(self._columns, self._rows[indices])
+
+
+class Columns:
+    """Record batches of `SCHEMA`, each part a list of them or the path of a file."""
+
+    def __init__(self, parts: Sequence[Path | list[pa.RecordBatch]]):
+        self.parts = list(parts)
+        self.batches = [batch for part in self.parts for batch in (_mapped(part) if isinstance(part, Path) else part)]
+        self.lengths, self.num_passes = self._sizes("input_ids"), self._sizes("pass_end")
+        self._ends = np.cumsum([batch.num_rows for batch in self.batches])
+        self._lists: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+
+    def __reduce__(self):  # what is mapped here is mapped again there
+        return Columns, (self.parts,)
+
+    def tree(self, row: int) -> TokenTree:
+        return TokenTree.from_dict({name: self._list(row, name).copy() for name in LIST_TYPES})
+
+    def trunk(self, row: int) -> np.ndarray:
+        return self._list(row, "input_ids")[: trunk_length(self._list(row, "position_ids"))]
+
+    def _list(self, row: int, name: str) -> np.ndarray:
+        batch = int(np.searchsorted(self._ends, row, side="right"))
+        at = row - self._ends[batch] + self.batches[batch].num_rows
+        if batch not in self._lists:
+            self._lists[batch] = {name: _lists(self.batches[batch], name) for name in LIST_TYPES}
+        begin, values = self._lists[batch][name]
+        return values[begin[at] : begin[at + 1]]
+
+    def column(self, name: str) -> np.ndarray:
+        """A column that has one value for each tree."""
+        none = np.empty(0, SCHEMA.field(name).type.to_pandas_dtype())
+        return np.concatenate([none, *(b.column(name).to_numpy(zero_copy_only=False) for b in self.batches)])
+
+    @cached_property
+    def visible_pairs(self) -> np.ndarray:
+        found = [np.empty(0, np.int64)]
+        for batch in self.batches:
+            begin, positions = _lists(batch, "position_ids")
+            total = np.append(0, positions[begin[0] : begin[-1]].cumsum(dtype=np.int64))[begin - begin[0]]
+            found.append(np.diff(total) + np.diff(begin))
+        return np.concatenate(found)
+
+    def _sizes(self, name: str) -> np.ndarray:
+        sizes = [np.diff(_lists(batch, name)[0]) for batch in self.batches]
+        return np.concatenate([np.empty(0, np.int64), *sizes])
+
+
+def _mapped(path: Path) -> list[pa.RecordBatch]:
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+
+def _lists(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where each list begins, and the values of all, without a copy."""
+    column = batch.column(name)
+    return column.offsets.to_numpy(), column.values.to_numpy()

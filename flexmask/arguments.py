@@ -286,12 +286,12 @@ class OnePassTrainingArguments(TrainingArguments):
             for name, chosen in (
                 ("FSDP 1", bool(self.fsdp) and int(self.fsdp_config.get("version", 2)) != 2),
                 ("deepspeed", self.deepspeed is not None),
-                (f"optim {self.optim}", "lomo" in str(self.optim).lower()),
+                (f"optim {getattr(self.optim, 'value', self.optim)}", "lomo" in str(self.optim).lower()),
             ):
                 if chosen:
                     raise ValueError(
                         f"tokens_in_memory and {name} exclude each other: a step goes backward several times; leave "
-                        "tokens_in_memory out, or take FSDP2 (fsdp_version: 2), or an optimiser with a step of its own"
+                        "tokens_in_memory out, or take FSDP2 (version: 2 in fsdp_config), or an optimiser with a step of its own"
                     )
             if self.sequence_parallel_size > 1:
                 raise ValueError(

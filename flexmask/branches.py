@@ -65,7 +65,7 @@ def backward_by_branches(
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
         raise TypeError(f"got a {type(model).__name__}, expected a Hugging Face model")
-    check_in_parts(inner, "tokens_in_memory")
+    check_in_parts(inner.config, "tokens_in_memory", type(inner))
     row = _Row.of(batch)
     total = target_weight(batch).sum() if total_weight is None else total_weight
     step = _Step(model, row, total, backward)

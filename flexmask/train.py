@@ -38,7 +38,7 @@ from .inspect import draw_mask
 from .integrations.transformers import NAME, check_config
 from .loading import Loader, Part, open_dataset
 from .messages import Conversation, ConversationError, read_conversation
-from .trainer import OnePassTrainer, StopOnNonFiniteLoss, last_checkpoint
+from .trainer import OnePassTrainer, StopOnNonFiniteLoss, check_parts, last_checkpoint
 from .verify import Report, verify
 
 __all__ = [
@@ -83,6 +83,9 @@ def train(
         )
     if data_args.streaming and args.max_steps < 1:
         raise ConversationError("a stream has no length, so that --streaming needs --max_steps")
+    in_parts = args.tokens_in_memory is not None or args.sequence_parallel_size > 1
+    if in_parts and model_args.model_name_or_path != TINY_MODEL:  # before anything large is loaded
+        check_parts(AutoConfig.from_pretrained(model_args.model_name_or_path, **_hub_options(model_args)), args)
     tell = partial(print, flush=True) if args.process_index == 0 else lambda *_: None
     datasets = data_args.train_datasets()
     names = ", ".join(dataset.name for dataset in datasets)

@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedConfig, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 
@@ -100,13 +100,8 @@ class OnePassTrainer(Trainer):
                 f'the model has attn_implementation="{model.config._attn_implementation}", expected "{NAME}"'
             )
         check_config(model.config)
-        inner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
-        if args.tokens_in_memory is not None:
-            check_in_parts(inner, "tokens_in_memory")
+        check_parts(model.config, args)
         self._row_group, size = None, args.sequence_parallel_size
-        if size > 1:
-            check_in_parts(inner, "sequence_parallel_size")
-            check_heads(inner.config, size)
         super().__init__(model, args, *others, **options)
         if size > 1:
             mesh = init_device_mesh(self.accelerator.device.type, (args.world_size // size, size))
@@ -261,6 +256,19 @@ class OnePassTrainer(Trainer):
 
 
 _POSITION = "flexmask.RowStream"  # its key in the state of the Trainer
+
+
+def check_parts(config: PreTrainedConfig, args: OnePassTrainingArguments) -> None:
+    """Refuse a model that cannot be trained with a row in parts, if that is asked for.
+
+    Raises:
+        NotImplementedError: naming the argument that asks for it.
+    """
+    if args.tokens_in_memory is not None:
+        check_in_parts(config, "tokens_in_memory")
+    if args.sequence_parallel_size > 1:
+        check_in_parts(config, "sequence_parallel_size")
+        check_heads(config, args.sequence_parallel_size)
 
 
 def last_checkpoint(folder: str | Path) -> tuple[Path | None, list[Path]]:

@@ -183,4 +183,4 @@ def test_each_query_head_finds_its_keys(heads, kv_heads, ranks, monkeypatch):
 
 def test_what_cannot_be_shared_is_refused():
     with pytest.raises(NotImplementedError, match=r"recurrent or convolutional .* Leave sequence_parallel_size out"):
-        check_in_parts(hybrids.tiny("qwen3_5_text", vocab_size=512), "sequence_parallel_size")
+        check_in_parts(hybrids.tiny("qwen3_5_text", vocab_size=512).config, "sequence_parallel_size")

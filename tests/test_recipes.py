@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import hybrids
 import pytest
 import yaml
 from test_ranks import LAUNCH
 
+from flexmask.cli import main
 from flexmask.demo import conversations, texts, tiny_model, train_tokenizer
 
 HERE = Path(__file__).parent
@@ -65,6 +68,27 @@ def test_recipe(recipe, tiny_folder, tmp_path):
     settings = yaml.safe_load(path.read_text())
     saved = "adapter_model.safetensors" if settings.get("use_peft") else "model.safetensors"
     assert (tmp_path / "out" / saved).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--sequence_parallel_size", "2"], "sequence_parallel_size is 2, expected a divisor of the 1 processes"),
+        (["--tokens_in_memory", "-1"], "tokens_in_memory is -1, expected 0 or more"),
+        (["--tokens_in_memory", "0", "--optim", "lomo"], "tokens_in_memory and optim .*lomo.* exclude each other"),
+        (
+            ["--tokens_in_memory", "0", "--model_name_or_path", "hybrid"],
+            "cannot be trained with tokens_in_memory: its recurrent",
+        ),
+    ],
+)
+def test_modes_that_cannot_be_are_one_line_before_anything_is_loaded(flags, message, tmp_path, capsys, monkeypatch):
+    hybrids.tiny("qwen3_5_text", vocab_size=512).config.save_pretrained(tmp_path / "hybrid")  # nothing beside it
+    monkeypatch.chdir(tmp_path)
+    given = ["--model_name_or_path", "flexmask/tiny-random", "--dataset_name", "none.jsonl", "--output_dir", "out"]
+    assert main(["train", *given, "--use_cpu", "true", *flags]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(message, said) and "\n" not in said
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -243,24 +244,27 @@ def check_config(config: PreTrainedConfig, model_class: type | None = None) -> N
         raise _refuse(config, reason)
 
 
-def check_in_parts(model: PreTrainedModel, option: str) -> None:
-    """Refuse a model of which a row cannot be run in parts, one after the other or on several ranks.
+def check_in_parts(config: PreTrainedConfig, option: str, model_class: type | None = None) -> None:
+    """Refuse an architecture of which a row cannot be run in parts, one after the other or on several ranks.
 
     Args:
+        config: of a causal LM, or of a model that has one inside.
         option: that asks for it.
+        model_class: the class to judge by if transformers has none for this configuration.
 
     Raises:
         NotImplementedError: its layers hand on more than keys and values; it has a loss of the whole row.
     """
-    config = model.config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
+    text_class = _model_class(text) or _model_class(config) or model_class
     reason = None
-    if not mixers.RECURRENT.isdisjoint(getattr(config, "layer_types", None) or ()) or type(model)._is_stateful:
+    if _is_recurrent(text_class, getattr(text, "layer_types", None) or ()):
         reason = "its recurrent or convolutional layers hand on states, which only the whole row has"
-    elif any(getattr(of, "output_router_logits", False) for of in (model.config, config)):
+    elif any(getattr(of, "output_router_logits", False) for of in (config, text)):
         reason = "its router's loss is one of all tokens of a row; set output_router_logits=False"
     if reason:
         raise NotImplementedError(
-            f"{config.model_type} cannot be trained with {option}: {reason}. Leave {option} out, or take smaller rows "
+            f"{text.model_type} cannot be trained with {option}: {reason}. Leave {option} out, or take smaller rows "
             "(max_tokens), which splits trees"
         )
 
@@ -277,6 +281,10 @@ def _model_class(config: PreTrainedConfig) -> type | None:
     return found[0] if isinstance(found, tuple) else found
 
 
+def _is_recurrent(text_class: type | None, layer_types: Sequence[str]) -> bool:
+    return bool(text_class and text_class._is_stateful) or not mixers.RECURRENT.isdisjoint(layer_types)
+
+
 @functools.lru_cache(maxsize=256)
 def _refusal(
     model_type: str, layer_types: tuple[str, ...], encoder: bool, text_class: type | None, model_class: type | None
@@ -289,7 +297,7 @@ def _refusal(
         return _REFUSED[model_type]
     if text_class is None:
         return None
-    recurrent = text_class._is_stateful or not mixers.RECURRENT.isdisjoint(layer_types)
+    recurrent = _is_recurrent(text_class, layer_types)
     if recurrent and (reason := mixers.refusal(text_class, layer_types)):
         return reason
     if not text_class._can_set_attn_implementation():

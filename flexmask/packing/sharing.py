@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..chains import Chains
 from ..mask import BLOCK_SIZE
 from ..tree import TokenTree, common_prefix_length
 
@@ -81,12 +80,16 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # any odd number of 64 bits without a p
 
 def _identities(tree: TokenTree) -> np.ndarray:
     """uint64[L], the same for tokens with the same ancestors in any tree: Σ mixed(token) · factor ** position over the path."""
-    chains = Chains.of(tree.subtree_end)
+    positions = tree.position_ids
     mixed = (tree.input_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
     mixed ^= mixed >> np.uint64(32)
-    powers = np.multiply.accumulate(np.full(tree.max_length, _FACTOR))
-    total = np.append(np.uint64(0), (mixed * powers[tree.position_ids]).cumsum(dtype=np.uint64))
-    found = np.zeros_like(total)  # one place further right, so that a root's parent has its place, too
-    for start, stop, parent in zip(chains.start.tolist(), chains.stop.tolist(), chains.parent.tolist(), strict=True):
-        found[start + 1 : stop + 1] = total[start + 1 : stop + 1] + (found[[parent + 1]] - total[[start]])
-    return found[1:]
+    mixed *= np.multiply.accumulate(np.full(tree.max_length, _FACTOR))[positions]
+    found, path = np.empty_like(mixed), np.zeros(tree.max_length + 1, np.uint64)  # path[n]: of its first n tokens
+    starts = np.flatnonzero(
+        np.diff(positions, prepend=-2) != 1
+    )  # of chains; any other token is the child of the one before
+    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(positions)], strict=True):
+        depth = positions[start]
+        found[start:stop] = path[depth] + mixed[start:stop].cumsum()
+        path[depth + 1 : depth + 1 + stop - start] = found[start:stop]
+    return found

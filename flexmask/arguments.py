@@ -278,15 +278,17 @@ class OnePassTrainingArguments(TrainingArguments):
                 "labels by one token, and a target need not be the right neighbour of where it is predicted"
             )
         sampling = getattr(self, "train_sampling_strategy", None)  # group_by_length in older versions
-        if sampling == "group_by_length" or getattr(self, "group_by_length", False):
+        if sampling in ("group_by_length", "batch_rebalance") or getattr(self, "group_by_length", False):
             raise ValueError(
-                "train_sampling_strategy must not be group_by_length: a batch is one row, which packing has filled already"
+                f"train_sampling_strategy must not be {sampling or 'group_by_length'}: a batch is one row, which packing has "
+                "filled already, and ranks take rows of about the same cost"
             )
         if self.tokens_in_memory is not None:
+            optimiser = str(getattr(self.optim, "value", self.optim))
             for name, chosen in (
                 ("FSDP 1", bool(self.fsdp) and int(self.fsdp_config.get("version", 2)) != 2),
                 ("deepspeed", self.deepspeed is not None),
-                (f"optim {getattr(self.optim, 'value', self.optim)}", "lomo" in str(self.optim).lower()),
+                (f"optim {optimiser}", any(kind in optimiser for kind in ("lomo", "layerwise"))),
             ):
                 if chosen:
                     raise ValueError(

@@ -26,10 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .chains import Chains
-from .collator import empty_batch
+from .collator import empty_batch, target_weight
 from .integrations.hand_over import HandOver
 from .integrations.transformers import check_in_parts
-from .loss import target_weight, tree_loss
+from .loss import tree_loss
 from .mask import BLOCK_SIZE
 
 
@@ -59,9 +59,15 @@ def backward_by_branches(
 
     Raises:
         TypeError: not a Hugging Face model, nor one around it.
-        NotImplementedError: a model whose layers hand on more than keys and values, or with a router's loss, which is one of the
-            whole row.
+        ValueError: the batch has more than the collator puts into it.
+        NotImplementedError: a model whose layers hand on more than keys and values, or attend several times in a forward; or with
+            a router's loss, which is one of the whole row.
     """
+    unknown = batch.keys() - _COLUMNS
+    if unknown:
+        raise ValueError(
+            f"the batch has {', '.join(sorted(unknown))}, of which nobody knows how to cut it; leave it out"
+        )
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
         raise TypeError(f"got a {type(model).__name__}, expected a Hugging Face model")
@@ -75,12 +81,13 @@ def backward_by_branches(
         shapes = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(shapes, shape)
         shape = _common(shapes)
-    if not isinstance(model, DistributedDataParallel):
+    ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+    if ddp is None:
         step.run(pieces, shape)
         return step.loss
-    with model.no_sync():
+    with ddp.no_sync():
         step.run(pieces, shape)
-    if model.require_backward_grad_sync:
+    if ddp.require_backward_grad_sync:
         backward(tree_loss(model, empty_batch(), total))
     return step.loss
 
@@ -177,6 +184,11 @@ def _common(shapes: Sequence[_Shape]) -> _Shape:
 # --------------------------------------------------------------------------------------------------------------- step
 
 
+_COLUMNS = {
+    "input_ids", "position_ids", "subtree_end", "logits_to_keep", "shift_labels", "labels", "target_weight",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Row:
     """A batch on the CPU, without its dimension of 1."""
@@ -227,14 +239,16 @@ class _Row:
         return {name: torch.from_numpy(x) for name, x in batch.items()}, lead
 
 
+_QUERIES = {"cuda": BLOCK_SIZE}  # of which there are multiples: tensor cores want whole blocks
+
+
 class _Step:
     """Runs pieces forward and backward, and adds up their losses."""
 
     def __init__(self, model, row: _Row, total: float | Tensor, backward: Callable[[Tensor], object]):
         self.model, self.row, self.total, self.backward = model, row, total, backward
         self.device = next(model.parameters()).device
-        # Tensor cores want whole blocks.
-        self.multiple = BLOCK_SIZE if self.device.type == "cuda" else 1
+        self.multiple = _QUERIES.get(self.device.type, 1)
         self.loss = torch.zeros((), device=self.device)
 
     def run(self, pieces: Sequence[Piece], shape: _Shape, path: tuple[tuple[Piece, HandOver], ...] = ()) -> None:
@@ -243,16 +257,20 @@ class _Step:
         path: the pieces that these continue.
         """
         for piece, inside in zip_longest(pieces, shape):
-            if piece is None:
-                loss, following = tree_loss(self.model, empty_batch(), self.total), path
-            else:
-                before = np.concatenate([np.empty(0, np.int64), *(p.places for p, _ in path)])
-                batch, lead = self.row.batch(piece.places, before, self.multiple)
-                kept = len(piece.places) if piece.inside else 0
-                hand_over = HandOver([of for _, of in path], lead, kept)
-                loss = tree_loss(self.model, {**batch, "hand_over": hand_over}, self.total)
-                hand_over.is_backward = True
-                following = (*path, (piece, hand_over))
-                self.loss = self.loss + loss.detach()
-            self.run(piece.inside if piece else (), inside, following)
+            self._run_one(piece, inside, path)
+
+    def _run_one(self, piece: Piece | None, inside: _Shape, path: tuple[tuple[Piece, HandOver], ...]) -> None:
+        if piece is None:
+            loss = tree_loss(self.model, empty_batch(), self.total)
+            self.run((), inside)
             self.backward(loss)
+            return
+        before = np.concatenate([np.empty(0, np.int64), *(earlier.places for earlier, _ in path)])
+        batch, lead = self.row.batch(piece.places, before, self.multiple)
+        hand_over = HandOver([of for _, of in path], lead, kept=len(piece.places) if piece.inside else 0)
+        loss = tree_loss(self.model, {**batch, "hand_over": hand_over}, self.total)
+        self.loss = self.loss + loss.detach()
+        hand_over.is_backward = True
+        self.run(piece.inside, inside, (*path, (piece, hand_over)))
+        self.backward(loss)
+        hand_over.check_done()

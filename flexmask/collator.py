@@ -123,6 +123,12 @@ def to_batch(row: TokenTree, *, pad_to_multiple_of: int = BLOCK_SIZE, pad_token_
     return batch if (weight == 1).all() else batch | {"target_weight": torch.from_numpy(weight)[None]}
 
 
+def target_weight(batch: Mapping[str, Tensor]) -> Tensor:
+    """The weights of the targets of a batch, float32 (M,)."""
+    weight = batch.get("target_weight")
+    return torch.ones(batch["shift_labels"].shape[1]) if weight is None else weight[0]
+
+
 def empty_batch(pad_to_multiple_of: int = BLOCK_SIZE) -> dict[str, Tensor]:
     """A batch that counts for nothing: one target, of weight 0. For a rank that has nothing left while others have."""
     row = TokenTree.from_passes([Pass([0, 0], [False, True])])

@@ -112,7 +112,12 @@ def cost(tree: TokenTree, config: PreTrainedConfig) -> CostComparison:
         ValueError: transformers knows no causal LM for this configuration.
         NotImplementedError: an architecture that a tree would train wrongly.
     """
-    model = _model_of(config)
+    key = (type(config), config.to_json_string(use_diff=False))
+    if key not in _models:
+        if len(_models) == 16:
+            _models.clear()
+        _models[key] = _model(config)
+    model = _models[key]
     chunk = chunk_size(config.get_text_config().vocab_size)
     lengths = tree.pass_lengths
 
@@ -146,21 +151,6 @@ def cost(tree: TokenTree, config: PreTrainedConfig) -> CostComparison:
         n_pass=n_pass,
         n_pass_all_logits=replace(n_pass, logits=total, loss_flops=_STEP * model.logits_flops * total),
     )
-
-
-def row_flops(config: PreTrainedConfig, tokens: np.ndarray, visible_pairs: np.ndarray) -> np.ndarray:
-    """FLOPs of a training step of rows of which little is known, without the output layer: to tell which takes longer.
-
-    Args:
-        config: of a causal LM.
-        tokens, visible_pairs: int64 (rows,), of each row. A window is taken to be full everywhere.
-    """
-    model = _model_of(config)
-    found = _STEP * model.linear_flops * tokens
-    for window, flops in model.tile_flops.items():
-        pairs = visible_pairs if window is None else np.minimum(visible_pairs, tokens * window)
-        found = found + _ATTENTION_STEP * flops / BLOCK_SIZE**2 * pairs
-    return found
 
 
 def _tiles(subtree_end: np.ndarray, position_ids: np.ndarray, window: int | None) -> int:
@@ -204,15 +194,6 @@ class _Model:
 
 
 _models: dict[tuple[type, str], _Model] = {}  # configuration, as JSON -> what was counted
-
-
-def _model_of(config: PreTrainedConfig) -> _Model:
-    key = (type(config), config.to_json_string(use_diff=False))
-    if key not in _models:
-        if len(_models) == 16:
-            _models.clear()
-        _models[key] = _model(config)
-    return _models[key]
 
 
 def _model(config: PreTrainedConfig) -> _Model:

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .collator import to_batch
+from .collator import target_weight, to_batch
 from .tree import TokenTree
 
 # Logits of one chunk: 256 MiB in float32, with their exponentials and gradient a few times that. Each chunk also reads
@@ -54,12 +54,6 @@ def tree_loss(model, batch: Mapping[str, Tensor], total_weight: float | Tensor |
     return _losses(model, batch, weight) / (weight.sum() if total_weight is None else total_weight)
 
 
-def target_weight(batch: Mapping[str, Tensor]) -> Tensor:
-    """The weights of the targets of a batch, float32 (M,)."""
-    weight = batch.get("target_weight")
-    return torch.ones(batch["shift_labels"].shape[1]) if weight is None else weight[0]
-
-
 def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of every target, (M,) float32 (float64 in float64), differentiable.
 
@@ -92,7 +86,8 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
     inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     index, targets = inputs.pop("logits_to_keep"), inputs.pop("shift_labels")[0]
     size = chunk_size(inner.config.get_text_config().vocab_size)
-    if len(index) <= size or inner.base_model is inner:
+    most = _most_of_any_rank(inner, len(index))
+    if most <= size or inner.base_model is inner:
         return result(_cross_entropy(model(**inputs, logits_to_keep=index, use_cache=False).logits, targets))
 
     seen = {}  # what the body gave, and what went into and came out of the output layer: for the last target only
@@ -121,11 +116,15 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
             with _returning(module.base_model, body):
                 return _cross_entropy(module.forward(*args, **again).logits, targets)
 
+        chunks = [*zip(index.split(size), targets.split(size), strict=True)]
+        more = -(-most // size) - len(chunks)
         losses = [
             checkpoint(losses_of, seen["body"].last_hidden_state, i, t, use_reentrant=False)
-            for i, t in zip(index.split(size), targets.split(size))
+            for i, t in chunks + [(index[:1], targets[:1])] * more
         ]
-        output.loss = result(torch.cat(losses))
+        output.loss = result(torch.cat(losses[: len(chunks)]))
+        if more:
+            output.loss = output.loss + 0 * torch.cat(losses[len(chunks) :]).sum()
         return output
 
     hooks = [inner.base_model.register_forward_hook(keep_hidden)]
@@ -137,6 +136,17 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
     finally:
         for hook in (outermost, *hooks):
             hook.remove()
+
+
+def _most_of_any_rank(model: PreTrainedModel, targets: int) -> int:
+    """Under ZeRO 3 the most targets that a rank has: each call of the output layer gathers its weights from all ranks, so they
+    must call it as often. Otherwise those of this rank."""
+    head = model.get_output_embeddings()
+    if head is None or not any(hasattr(p, "ds_id") for p in head.parameters()):
+        return targets
+    most = torch.tensor(targets, device=model.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def chunk_size(vocab_size: int) -> int:

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from matplotlib.figure import Figure
 from transformers import (
@@ -138,7 +139,8 @@ def train(
     trainer.save_model()
     trainer.save_state()
     if data_args.streaming:
-        counted = sum(gather_object([rows.counted]), Counter())
+        is_first = args.process_index % args.sequence_parallel_size == 0  # of those that have rows together
+        counted = sum(gather_object([rows.counted if is_first else Counter()]), Counter())
         tell(f"read while training, in every epoch anew: {Counts.of(counted)}")
 
     folder = Path(args.output_dir)
@@ -185,7 +187,9 @@ def _checkpoint(args: OnePassTrainingArguments, tell: Callable[[str], object]) -
     """What to resume from: what is named, or with "true" the last that is whole, if there is one."""
     if args.resume_from_checkpoint not in ("true", "True", "last"):
         return args.resume_from_checkpoint
-    found, unfinished = last_checkpoint(args.output_dir)
+    [(found, unfinished)] = broadcast_object_list(
+        [last_checkpoint(args.output_dir)]
+    )  # of a disk that all of them may not have
     for path in unfinished:
         tell(f"{path} was not written to its end, so it is not used")
     tell(f"resuming from {found}" if found else f"there is no checkpoint in {args.output_dir}, so training begins anew")
@@ -194,7 +198,7 @@ def _checkpoint(args: OnePassTrainingArguments, tell: Callable[[str], object]) -
 
 def _verify(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, conversations: list[dict], options: dict) -> Report:
     """`verify` before the training, when FSDP and DeepSpeed have not yet taken the model; only ZeRO 3 has, when it was loaded.
-    What they will spread over devices is verified on one, if it fits there with its gradients, or else on none."""
+    What they will spread over devices is verified by rank 0, on its device; without gradients if they do not fit there."""
     model = trainer.model
     if is_deepspeed_zero3_enabled():
         import deepspeed  # or it would not be enabled
@@ -203,12 +207,31 @@ def _verify(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, conversations:
             return verify(model, tokenizer, conversations, **options)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return verify(model, tokenizer, conversations, **options)
-    found = [None]
+    outcome: list = [None]
     if trainer.is_world_process_zero():
         before = next(model.parameters()).device
-        found = [verify(model.to(trainer.args.device), tokenizer, conversations, **options)]
+        try:
+            model.to(trainer.args.device)
+            try:
+                outcome = [verify(model, tokenizer, conversations, **options)]
+            except torch.OutOfMemoryError:
+                model.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                outcome = [verify(model, tokenizer, conversations, gradients=False, **options)]
+        except Exception as error:  # the others wait for it
+            outcome = [error]
         model.to(before)
-    return broadcast_object_list(found)[0]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    [outcome] = broadcast_object_list(outcome)
+    if isinstance(outcome, torch.OutOfMemoryError):
+        raise ConversationError(
+            f"the model does not fit on one device, where it is compared with N passes before it is spread: {outcome}; verify a "
+            "smaller model of its kind, and train with --verify false"
+        )
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 class MismatchError(RuntimeError):

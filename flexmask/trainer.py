@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,15 +16,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import Sampler
 from transformers import PreTrainedConfig, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from .arguments import OnePassTrainingArguments
 from .branches import backward_by_branches
-from .collator import empty_batch
-from .cost import row_flops
+from .collator import empty_batch, target_weight
 from .integrations.transformers import NAME, check_config, check_in_parts
 from .integrations.ulysses import check_heads, share_row
-from .loss import target_weight, tree_loss
+from .loss import tree_loss
 from .messages import ConversationError
 from .packing import Rows, RowStream
 
@@ -34,6 +34,12 @@ class _Share(BatchSamplerShard):
 
     def __len__(self):
         return math.ceil(len(self.batch_sampler) / self.num_processes)
+
+    def set_epoch(self, epoch):
+        """Of a resumed epoch, too, of which the first batches are skipped: there the library tells it to nobody else."""
+        sampler = getattr(self.batch_sampler, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
 
 
 class LevelSampler(Sampler):
@@ -103,6 +109,14 @@ class OnePassTrainer(Trainer):
         check_parts(model.config, args)
         self._row_group, size = None, args.sequence_parallel_size
         super().__init__(model, args, *others, **options)
+        fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+        if args.tokens_in_memory is not None and (
+            self.is_deepspeed_enabled or fsdp1
+        ):  # `accelerate launch` may have them
+            raise ValueError(
+                f"tokens_in_memory and {'FSDP 1' if fsdp1 else 'DeepSpeed'} exclude each other: a step goes backward several "
+                "times; leave tokens_in_memory out, or take FSDP2"
+            )
         if size > 1:
             mesh = init_device_mesh(self.accelerator.device.type, (args.world_size // size, size))
             self._row_group = mesh.get_group(1)
@@ -113,9 +127,10 @@ class OnePassTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(rows, Rows) or self._row_ranks == 1:
+        in_order = getattr(self.args, "train_sampling_strategy", "random") != "random"  # older versions know no other
+        if not isinstance(rows, Rows) or self._row_ranks == 1 or in_order:
             return super()._get_train_sampler(rows)
-        costs = row_flops(self.model.config, rows.lengths, rows.visible_pairs)
+        costs = _row_costs(self.model.config, rows)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LevelSampler(costs, self._row_ranks, seed)
 
@@ -130,12 +145,21 @@ class OnePassTrainer(Trainer):
             loader.batch_sampler.__class__ = _Share  # it is made deep inside Accelerate, and shared by two loaders
             loader.batch_sampler.even_batches = False
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = self._row_ranks, self._row_rank
+        elif self._row_group is not None and not isinstance(self.train_dataset, RowStream):
+            raise ValueError(_BY_INDEX)
         return loader
 
     def get_eval_dataloader(self, eval_dataset=None):
-        loader = super().get_eval_dataloader(eval_dataset)
-        if self._row_group is not None and isinstance(loader.batch_sampler, BatchSamplerShard):
-            # Every row on every group: with rows repeated on some, no rank could tell which of them count.
+        return self._every_row_on_every_rank(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset):
+        return self._every_row_on_every_rank(super().get_test_dataloader(test_dataset))
+
+    def _every_row_on_every_rank(self, loader):
+        """Where ranks have rows together: with rows repeated on some, as the library does it, nobody could tell which count."""
+        if self._row_group is not None:
+            if not isinstance(loader.batch_sampler, BatchSamplerShard):
+                raise ValueError(_BY_INDEX)
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
         return loader
 
@@ -146,6 +170,8 @@ class OnePassTrainer(Trainer):
             batches = list(islice(epoch_iterator, num_batches))
         except ConversationError as error:  # that of a worker has the traceback around it
             raise ConversationError(str(error).strip().rpartition("ConversationError: ")[2]) from error
+        if isinstance(self.train_dataset, Rows):
+            self.state.stateful_callbacks[_POSITION] = self._shares()
         if isinstance(self.train_dataset, RowStream):
             is_over = not self.accelerator.gather(torch.tensor([len(batches)], device=device)).any()
             self._note_position(is_over)
@@ -169,35 +195,43 @@ class OnePassTrainer(Trainer):
         position |= self._shares()
 
     def _shares(self) -> dict[str, int]:
-        """What decides which rows of a stream come in which step."""
+        """What decides which rows come in which step."""
+        if isinstance(self.train_dataset, Rows):
+            return {"ranks that have rows": self._row_ranks}
         names = ("world_size", "dataloader_num_workers", "gradient_accumulation_steps", "sequence_parallel_size")
         return {name: getattr(self.args, name) for name in names}
 
     def _init_training_state(self, *args, **options):
-        """Of a stream: the epoch and the batches of it that were trained, from the checkpoint."""
+        """Of a stream: the epoch and the batches of it that were trained, from the checkpoint. Of rows the library knows them,
+        but not that their order depends on how many ranks take them."""
         trained = super()._init_training_state(*args, **options)
-        if not isinstance(self.train_dataset, RowStream) or not self.state.global_step:
+        if not isinstance(self.train_dataset, RowStream | Rows) or not self.state.global_step:
             return trained
         if self.args.ignore_data_skip:  # as the library has it: from the first row on
             self.state.stateful_callbacks.pop(_POSITION, None)
             return trained
         position = self.state.stateful_callbacks.get(_POSITION, {})
-        changed = [f"{name} {position.get(name)}" for name, now in self._shares().items() if position.get(name) != now]
+        if not position and isinstance(self.train_dataset, Rows):
+            return trained  # of another Trainer
+        before = {"sequence_parallel_size": 1} | position  # which older checkpoints do not name
+        changed = [f"{name} {before.get(name)}" for name, now in self._shares().items() if before.get(name) != now]
         if changed:
             was = (
                 f"was saved with {', '.join(changed)}" if position else "does not say where in the stream it was saved"
             )
             raise ConversationError(
                 f"the checkpoint {was}, so the training cannot go on with the next row; resume as it was saved, or begin the "
-                "stream anew (--ignore_data_skip true)"
+                "data anew (--ignore_data_skip true)"
             )
+        if isinstance(self.train_dataset, Rows):
+            return trained
         return position["epoch"], position["steps"] * self.args.gradient_accumulation_steps
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The weight of all targets of the accumulated batches, of all ranks: what the Trainer divides the loss by."""
         if not batch_samples:
             return None
-        weight = torch.stack([target_weight(batch).sum() for batch in batch_samples]).sum().to(device)
+        weight = torch.stack([target_weight(batch).sum().to(device) for batch in batch_samples]).sum()
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             weight = self.accelerator.gather(weight).sum()
         return weight
@@ -256,6 +290,19 @@ class OnePassTrainer(Trainer):
 
 
 _POSITION = "flexmask.RowStream"  # its key in the state of the Trainer
+_BY_INDEX = (
+    "sequence_parallel_size wants rows by index (flexmask.pack) or, for training, of flexmask.pack_stream: of another stream the "
+    "ranks that have a row together would get different ones"
+)
+
+
+def _row_costs(config: PreTrainedConfig, rows: Rows) -> np.ndarray:
+    """What rows take, to tell which takes longer: in a layer of a common shape 24·hidden² FLOPs for a token (Kaplan et al., arXiv
+    2001.08361, table 1), 4·heads·head_dim for a visible pair; a backward twice and 2.5 times that."""
+    text = config.get_text_config(decoder=True)
+    hidden, heads = text.hidden_size, getattr(text, "num_attention_heads", 0) or 0
+    width = heads * (getattr(text, "head_dim", None) or hidden // max(heads, 1))
+    return 3 * 24.0 * hidden**2 * rows.lengths + 3.5 * 4.0 * width * rows.visible_pairs
 
 
 def check_parts(config: PreTrainedConfig, args: OnePassTrainingArguments) -> None:
@@ -274,7 +321,8 @@ def check_parts(config: PreTrainedConfig, args: OnePassTrainingArguments) -> Non
 def last_checkpoint(folder: str | Path) -> tuple[Path | None, list[Path]]:
     """The last checkpoint of a training that was written to its end, if there is one; and later ones that were not, because the
     training was killed meanwhile."""
-    numbered = [(int(path.name.rpartition("-")[2]), path) for path in Path(folder).glob("checkpoint-*[0-9]")]
+    found = ((re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in Path(folder).glob("*"))
+    numbered = [(int(match[1]), path) for match, path in found if match]
     unfinished = []
     for _, path in sorted(numbered, reverse=True):
         try:

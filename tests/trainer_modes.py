@@ -14,7 +14,7 @@ from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from flexmask import OnePassCollator
+from flexmask import OnePassCollator, loss
 from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
@@ -31,11 +31,13 @@ MODES = {
     "fsdp2": FSDP2,
     "fsdp2, branch by branch": FSDP2 | {"tokens_in_memory": 0},
     "fsdp2, a row on both": FSDP2 | {"sequence_parallel_size": 2},
+    "fsdp2, logits in chunks": FSDP2,
 }
 for stage in (2, 3):  # last: once DeepSpeed has run in a process, others hang
     of_stage = {"stage": stage} | ({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})
     MODES[f"zero{stage}"] = {"deepspeed": ZERO | {"zero_optimization": of_stage}}
     MODES[f"zero{stage}, a row on both"] = MODES[f"zero{stage}"] | {"sequence_parallel_size": 2}
+    MODES[f"zero{stage}, logits in chunks"] = MODES[f"zero{stage}"]
 
 
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPQwen3ForCausalLM", "zero2": "DeepSpeedEngine"}
@@ -46,6 +48,9 @@ def train(folder: Path, mode: str, ranks: int, resume: bool = False) -> dict:
     """With Adam, decay and clipping; every step has two rows, whatever the number of ranks."""
     set_seed(0)
     options = json.loads(json.dumps(MODES[mode])) if ranks > 1 else {}
+    loss.CHUNK_LOGITS = (
+        7 * 512 if mode.endswith("in chunks") else 2**26
+    )  # of several hundred targets, as many as rows have
     accumulated = 2 // (ranks // options.get("sequence_parallel_size", 1))
     model = tiny("Qwen3")  # before DeepSpeed is told of, which would make other weights
     arguments = OnePassTrainingArguments(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 class HandOver:
     """What one forward is given by those that it continues, and what it keeps for those that continue it: a keyword of
-    `model(…)`, which reaches every attention layer. (A class without fields, so that no wrapper copies it.)
+    `model(…)`, which reaches every attention layer. (No dataclass: wrappers copy those.)
 
     The forwards that continue this one go backward before it does.
 
@@ -23,6 +23,7 @@ class HandOver:
     def __init__(self, path: Sequence[HandOver], lead: int, kept: int):
         self.path, self.lead, self.kept = path, lead, kept
         self.is_backward = False  # set after the forward: what is computed again then is no new layer
+        self._layers: set[torch.nn.Module] = set()
         self._keys: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}
         self._gradients: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -34,11 +35,12 @@ class HandOver:
         Raises:
             NotImplementedError: a layer that attends twice in a forward.
         """
-        if layer in self._keys and not self.is_backward:
+        if layer in self._layers and not self.is_backward:
             raise NotImplementedError(
                 f"{type(layer).__name__} attends several times in a forward, so its keys cannot be told apart; a row of this "
                 "model cannot be run branch by branch, leave tokens_in_memory out"
             )
+        self._layers.add(layer)
         return _Extended.apply(key, value, self, layer) if self.path or self.kept else (key, value)
 
     def _extended(self, layer: torch.nn.Module, own: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -64,6 +66,16 @@ class HandOver:
             return own
         rest = (0, 0, 0, own[0].shape[2] - self.kept)
         return tuple((x + torch.nn.functional.pad(y, rest)).to(x.dtype) for x, y in zip(own, handed_back, strict=True))
+
+    def check_done(self) -> None:
+        """After the backward: gradients that were handed back must have gone into it.
+
+        Raises:
+            RuntimeError: they have not, so that those of parameters are wrong.
+        """
+        if self._gradients:
+            names = sorted({type(layer).__name__ for layer in self._gradients})
+            raise RuntimeError(f"gradients of the keys of {', '.join(names)} were handed back, and nothing took them")
 
     def _add(self, layer: torch.nn.Module, gradients: tuple[Tensor, ...]) -> None:
         """In float32 at least: they come from many branches."""

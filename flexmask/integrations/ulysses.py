@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ..loss import target_weight
+from ..collator import target_weight
 from ..mask import BLOCK_SIZE
 
 
@@ -43,7 +43,8 @@ class RankShare:
             NotImplementedError: heads that cannot be shared out.
         """
         copies = _copies(query.shape[1], key.shape[1], self.ranks)
-        key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
+        if copies > 1:
+            key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
         return tuple(_Exchange.apply(x, self, True) for x in (query, key, value))
 
     def to_tokens(self, out: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ def share_row(batch: Mapping[str, Tensor], group: dist.ProcessGroup) -> dict:
 
     Returns:
         input_ids, position_ids: (1, L / ranks); subtree_end: (1, L), of the whole row; its targets, with target_weight (one of
-        weight 0, if it has none); rank_share. L is padded to a multiple of the ranks.
+        weight 0, if it has none); rank_share. L is padded to a multiple of the ranks, and of the blocks of attention.
     """
     share = RankShare(group)
     length = batch["subtree_end"].shape[1]

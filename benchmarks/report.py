@@ -198,7 +198,7 @@ def rows(result: dict) -> list[list[str]]:
             "tokens": lambda row: f"{row['tokens']:,}",
             "tokens run": lambda row: f"{row['tokens run']:,}",
             "fewer by": lambda row: f"{row['fewer tokens by']:.2f}×",
-            "fewer FLOPs by": lambda row: f"{row['fewer FLOPs by']:.2f}×",
+            "fewer FLOPs by": lambda row: f"{row['fewer FLOPs by']:.2f}×" if "fewer FLOPs by" in row else MISSING,
             "rows (separate)": lambda row: f"{row['rows']:,} ({row['rows, separate']:,})",
             "planned in": lambda row: f"{row['seconds to plan']:.2f} s",
         },

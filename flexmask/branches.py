@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 from .chains import Chains
 from .collator import empty_batch, target_weight
 from .integrations.hand_over import HandOver
-from .integrations.transformers import check_in_parts
+from .integrations.transformers import check_in_parts, inner_model
 from .loss import tree_loss
 from .mask import BLOCK_SIZE
 
@@ -68,9 +67,7 @@ def backward_by_branches(
         raise ValueError(
             f"the batch has {', '.join(sorted(unknown))}, of which nobody knows how to cut it; leave it out"
         )
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if inner is None:
-        raise TypeError(f"got a {type(model).__name__}, expected a Hugging Face model")
+    inner = inner_model(model)
     check_in_parts(inner.config, "tokens_in_memory", type(inner))
     row = _Row.of(batch)
     total = target_weight(batch).sum() if total_weight is None else total_weight

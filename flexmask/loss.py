@@ -10,12 +10,13 @@ from importlib import metadata
 import torch
 from packaging.version import Version
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from .collator import target_weight, to_batch
+from .integrations.transformers import inner_model
 from .tree import TokenTree
 
 # Logits of one chunk: 256 MiB in float32, with their exponentials and gradient a few times that. Each chunk also reads
@@ -57,7 +58,8 @@ def tree_loss(model, batch: Mapping[str, Tensor], total_weight: float | Tensor |
 def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of every target, (M,) float32 (float64 in float64), differentiable.
 
-    Where the logits are large, the model runs once up to its last hidden states. If its logits are a linear layer of
+    Where the logits are large, the model runs once up to its last hidden states; unless the output layer is spread over ranks by
+    itself (ZeRO 3, Accelerate's FSDP2), which has all logits at once. If its logits are a linear layer of
     those and nothing else, a library's fused loss takes over: Liger-Kernel on CUDA where it is installed, PyTorch's own
     (2.13) in float32 and float64. Otherwise the model's output layer, with whatever it does to logits (soft-cap, scale,
     adapters), runs on one chunk of targets after the other. All of them compute logits again in the backward, but for the
@@ -73,9 +75,7 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
 
 def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
     """As `target_losses`; with weights (M,) the weighted sum."""
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if inner is None:
-        raise TypeError(f"got a {type(model).__name__}, expected a Hugging Face model")
+    inner = inner_model(model)
     device = next(model.parameters()).device
     weight = None if weight is None else weight.to(device)
 
@@ -86,12 +86,11 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
     inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     index, targets = inputs.pop("logits_to_keep"), inputs.pop("shift_labels")[0]
     size = chunk_size(inner.config.get_text_config().vocab_size)
-    most = _most_of_any_rank(inner, len(index))
-    if most <= size or inner.base_model is inner:
+    head = inner.get_output_embeddings()
+    if len(index) <= size or inner.base_model is inner or _is_spread(head):
         return result(_cross_entropy(model(**inputs, logits_to_keep=index, use_cache=False).logits, targets))
 
     seen = {}  # what the body gave, and what went into and came out of the output layer: for the last target only
-    head = inner.get_output_embeddings()
 
     def keep_hidden(module, args, output):
         seen["body"] = output
@@ -99,16 +98,20 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
     def keep_logits(module, args, output):
         seen["head"] = args[0], output
 
+    def with_loss(output, loss: Tensor):
+        output["loss"] = (
+            loss  # as an item: an attribute would be missed by FSDP, which looks for tensors that go backward
+        )
+        return output
+
     def add_losses(module, args, kwargs, output):  # inside the forward of what is around the model (DDP, FSDP)
         states = seen["body"].last_hidden_state[0, index]
         fused = _fused_losses(head, states, *seen["head"], output.logits) if "head" in seen else None
         while hooks:
             hooks.pop().remove()
         if fused is not None:
-            output.loss = _weighted_sum(fused, states, targets, weight)
-            if output.loss is None:
-                output.loss = result(fused(states, targets))
-            return output
+            loss = _weighted_sum(fused, states, targets, weight)
+            return with_loss(output, result(fused(states, targets)) if loss is None else loss)
 
         def losses_of(last_hidden_state, index, targets):
             body = type(seen["body"])(**{**seen["body"], "last_hidden_state": last_hidden_state})
@@ -116,16 +119,11 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
             with _returning(module.base_model, body):
                 return _cross_entropy(module.forward(*args, **again).logits, targets)
 
-        chunks = [*zip(index.split(size), targets.split(size), strict=True)]
-        more = -(-most // size) - len(chunks)
         losses = [
             checkpoint(losses_of, seen["body"].last_hidden_state, i, t, use_reentrant=False)
-            for i, t in chunks + [(index[:1], targets[:1])] * more
+            for i, t in zip(index.split(size), targets.split(size))
         ]
-        output.loss = result(torch.cat(losses[: len(chunks)]))
-        if more:
-            output.loss = output.loss + 0 * torch.cat(losses[len(chunks) :]).sum()
-        return output
+        return with_loss(output, result(torch.cat(losses)))
 
     hooks = [inner.base_model.register_forward_hook(keep_hidden)]
     if head is not None:
@@ -138,15 +136,13 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
             hook.remove()
 
 
-def _most_of_any_rank(model: PreTrainedModel, targets: int) -> int:
-    """Under ZeRO 3 the most targets that a rank has: each call of the output layer gathers its weights from all ranks, so they
-    must call it as often. Otherwise those of this rank."""
-    head = model.get_output_embeddings()
-    if head is None or not any(hasattr(p, "ds_id") for p in head.parameters()):
-        return targets
-    most = torch.tensor(targets, device=model.device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return int(most)
+def _is_spread(head: torch.nn.Module | None) -> bool:
+    """Whether every call of the output layer gathers its weights from all ranks, and lets go of them afterwards."""
+    if head is None:
+        return False
+    return isinstance(head, FSDPModule | FullyShardedDataParallel) or any(
+        hasattr(p, "ds_id") for p in head.parameters()
+    )
 
 
 def chunk_size(vocab_size: int) -> int:

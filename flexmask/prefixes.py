@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .collator import to_inputs
 from .integrations.mixers import begin
-from .integrations.transformers import NAME, check_config
+from .integrations.transformers import NAME, check_config, inner_model
 from .passes import Pass
 from .tree import TokenTree
 
@@ -48,9 +48,7 @@ def share_prefixes(model):
     tokens without position_ids, and for masks of other than two dimensions; NotImplementedError where hidden states or
     router logits of every layer are asked for.
     """
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if inner is None:
-        raise TypeError(f"share_prefixes: got a {type(model).__name__}, expected a Hugging Face model")
+    inner = inner_model(model)
     if inner.config._attn_implementation != NAME:
         raise ValueError(
             f'share_prefixes: the model has attn_implementation="{inner.config._attn_implementation}", expected "{NAME}"'

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from .collator import OnePassCollator
-from .integrations.transformers import NAME, check_config
+from .integrations.transformers import NAME, check_config, inner_model
 from .packing import join
 from .passes import Pass, render_conversation
 from .tree import TokenTree
@@ -150,9 +150,7 @@ def verify(
     """
     if not conversations:
         raise ValueError("verify: got no conversations, expected at least one")
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if inner is None:
-        raise TypeError(f"verify: got a {type(model).__name__}, expected a Hugging Face model")
+    inner = inner_model(model)
     check_config(inner.config)
     collator = OnePassCollator(tokenizer)
     # Weights change no loss of a token, and the model's own mean knows none.

@@ -1,4 +1,4 @@
-"""Run by test_recipes.py, under torchrun or alone: `flexmask train`, killed in the middle of writing its third checkpoint."""
+"""Run by test_recipes.py, under torchrun or alone: `flexmask train`, killed in the middle of writing its fifth checkpoint."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ save = OnePassTrainer._save_rng_state
 
 def save_or_die(self, output_dir):
     """With model and optimiser on the disk; of two ranks the second dies before it has written its own part."""
-    if self.state.global_step == 3 and self.args.process_index == self.args.world_size - 1:
+    if self.state.global_step == 5 and self.args.process_index == self.args.world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     save(self, output_dir)
 

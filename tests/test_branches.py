@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from models import KeepFloat64, tiny
 from peak_memory import needs_linux, peak_bytes
 from reference import conversation_passes, forest, random_parents
+from test_architectures import tiny as hybrids_and_others
 from test_transformers import Vocabulary, rows_of_unequal_size
 
-from flexmask import OnePassCollator, Pass, TokenTree, backward_by_branches, loss, tree_loss
+from flexmask import OnePassCollator, Pass, TokenTree, backward_by_branches, branches, loss, tree_loss
 from flexmask.branches import _common, plan
 from flexmask.collator import to_batch
 from flexmask.train import OnePassTrainer, OnePassTrainingArguments
@@ -115,6 +116,30 @@ def test_losses_and_gradients_are_those_of_the_tree(family, row):
             same(by_branches(model, batch, tokens_in_memory=tokens), expected, 1e-10, 1e-8)
 
 
+def test_frozen_layers():
+    model, batch = tiny("Qwen3", torch.float64), to_batch(ROWS["deep"])
+    for part in (model.get_input_embeddings(), model.model.layers[0]):
+        part.requires_grad_(False)
+    same(by_branches(model, batch), whole(model, batch), 1e-6, 1e-6)
+
+
+def test_pieces_padded_to_whole_blocks(monkeypatch):
+    """As on a GPU: what is kept of a piece are its tokens, and not its padding."""
+    monkeypatch.setattr(branches, "_QUERIES", {"cpu": 128})
+    model, tokens = tiny("Gemma3", torch.float64), []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[1]))
+    batch = to_batch(ROWS["deep"])
+    with KeepFloat64():
+        found = by_branches(model, batch)
+        assert len(tokens) > 2 and all(n % 128 == 0 for n in tokens)
+        same(found, whole(model, batch), 1e-10, 1e-8)
+
+
+def test_llama4_whose_queries_are_scaled_by_their_positions():
+    model, batch = hybrids_and_others("llama4_text").double(), to_batch(ROWS["turns"])
+    same(by_branches(model, batch), whole(model, batch), 1e-6, 1e-6)
+
+
 @pytest.mark.parametrize("family", ["GptOss", "Qwen3"])
 def test_in_float32(family):
     """gpt-oss with its sinks, whose experts have no float64; and keys that flash reads."""
@@ -162,12 +187,13 @@ def test_compiled():
     same(by_branches(model, batch), expected, 1e-6, 1e-5)
 
 
-def test_adapters():
+@pytest.mark.parametrize("modules", ["all-linear", ["q_proj"], ["v_proj"]])
+def test_adapters(modules):
+    """With those of queries alone the keys of the first layer have no gradient."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(
-        tiny("Qwen3", torch.float64), LoraConfig(target_modules="all-linear", init_lora_weights=False)
-    )
+    lora = LoraConfig(target_modules=modules, init_lora_weights=False)
+    model = get_peft_model(tiny("Qwen3", torch.float64), lora)
     batch = to_batch(ROWS["turns"])
     expected = whole(model, batch)
     assert all("lora" in name for name in expected[1])
@@ -257,6 +283,12 @@ def test_the_shape_that_holds_all_others():
 def test_what_cannot_be_cut_is_refused(change, message):
     with pytest.raises(NotImplementedError, match=message):
         backward_by_branches(change(), to_batch(ROWS["turns"]))
+
+
+def test_a_batch_with_more_in_it_is_refused():
+    batch = to_batch(ROWS["turns"])
+    with pytest.raises(ValueError, match="the batch has token_type_ids, of which nobody knows how to cut it"):
+        backward_by_branches(tiny("Qwen3"), batch | {"token_type_ids": batch["input_ids"]})
 
 
 def test_a_layer_that_attends_twice_is_refused():

@@ -93,31 +93,22 @@ def test_modes_that_cannot_be_are_one_line_before_anything_is_loaded(flags, mess
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_while_saving_and_resumed(processes, tiny_folder, tmp_path):
-    """Goes on from the last checkpoint that is whole, prepares nothing again, and has the losses of a training that ran through.
-    The bug guarded: the last folder was taken, whole or not."""
-    flags = ["--model_name_or_path", tiny_folder, "--dataset_name", "flexmask/generated", "--max_samples", 60]
+    """In the second epoch: goes on from the last checkpoint that is whole, prepares nothing again, and has the losses of a
+    training that ran through. The bugs guarded: the last folder was taken, whole or not; and a resumed epoch had the order of the
+    first one."""
+    flags = ["--model_name_or_path", tiny_folder, "--dataset_name", "flexmask/generated", "--max_samples", 6]
     flags += ["--dataset_cache_dir", tmp_path / "cache", "--max_tokens", 1024, "--use_cpu", "true", "--verify", "false"]
-    flags += [
-        "--max_steps",
-        5,
-        "--save_steps",
-        1,
-        "--save_total_limit",
-        2,
-        "--logging_steps",
-        1,
-        "--learning_rate",
-        0.01,
-    ]
+    flags += ["--max_steps", 7, "--save_steps", 1, "--save_total_limit", 2, "--logging_steps", 1]
+    flags += ["--learning_rate", 0.01]
     flags += ["--resume_from_checkpoint", "true", "--gradient_accumulation_steps", 2 // processes]
     command = [*(LAUNCH if processes == 2 else [sys.executable]), HERE / "killed.py", "train", *flags, "--output_dir"]
     code, said = run([*command, tmp_path / "killed"], KILL="1")
     assert code != 0 and "there is no checkpoint" in said
     prepared = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
-    assert (tmp_path / "killed" / "checkpoint-3" / "model.safetensors").exists()
+    assert (tmp_path / "killed" / "checkpoint-5" / "model.safetensors").exists()
     code, said = run([*command, tmp_path / "killed"])
     assert code == 0, said[-4000:]
-    assert "checkpoint-3 was not written to its end" in said and "checkpoint-2\n" in said
+    assert "checkpoint-5 was not written to its end" in said and "checkpoint-4\n" in said
     assert prepared == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} and prepared
     code, _ = run([*command, tmp_path / "whole"])
     assert code == 0
@@ -126,4 +117,6 @@ def test_killed_while_saving_and_resumed(processes, tiny_folder, tmp_path):
          if "loss" in entry}
         for name in ("killed", "whole")
     )  # fmt: skip
-    assert killed == pytest.approx(whole, rel=1e-6) and len(whole) == 5
+    assert killed == pytest.approx(whole, rel=1e-6) and len(whole) == 7
+    state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
+    assert 1 < state["epoch"] * 4 / 7 < 2, "the checkpoint is of the second epoch"

@@ -244,6 +244,18 @@ def check_config(config: PreTrainedConfig, model_class: type | None = None) -> N
         raise _refuse(config, reason)
 
 
+def inner_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The Hugging Face model in whatever is around it (PEFT, DDP, …).
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:
+        raise TypeError(f"got a {type(model).__name__}, expected a Hugging Face model")
+    return inner
+
+
 def check_in_parts(config: PreTrainedConfig, option: str, model_class: type | None = None) -> None:
     """Refuse an architecture of which a row cannot be run in parts, one after the other or on several ranks.
 

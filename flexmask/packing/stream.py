@@ -15,12 +15,13 @@ from .rows import pack
 
 
 def pack_stream(trees: Iterable[TokenTree], max_tokens: int, buffer_size: int = 512) -> RowStream:
-    """The same for a stream, of which the end is not known: packs `buffer_size` trees at a time, and keeps the emptiest row
-    open for the next ones.
+    """`pack` for a stream, of which the end is not known: packs `buffer_size` trees at a time, and keeps the emptiest row open
+    for the next ones.
 
     Args:
         trees: anything that can be iterated, once for each epoch.
-        max_tokens, buffer_size: as above.
+        max_tokens: tokens in a row, at most.
+        buffer_size: how many trees are packed at a time.
 
     Returns:
         An `IterableDataset`, see `RowStream`.

@@ -96,7 +96,7 @@ def test_killed_while_saving_and_resumed(processes, tiny_folder, tmp_path):
     """In the second epoch: goes on from the last checkpoint that is whole, prepares nothing again, and has the losses of a
     training that ran through. The bugs guarded: the last folder was taken, whole or not; and a resumed epoch had the order of the
     first one."""
-    flags = ["--model_name_or_path", tiny_folder, "--dataset_name", "flexmask/generated", "--max_samples", 6]
+    flags = ["--model_name_or_path", tiny_folder, "--dataset_name", "flexmask/generated", "--max_samples", 8]
     flags += ["--dataset_cache_dir", tmp_path / "cache", "--max_tokens", 1024, "--use_cpu", "true", "--verify", "false"]
     flags += ["--max_steps", 7, "--save_steps", 1, "--save_total_limit", 2, "--logging_steps", 1]
     flags += ["--learning_rate", 0.01]

@@ -41,7 +41,8 @@ def _table(name: str, sizes: str) -> str:
 def _about(result: dict) -> list[str]:
     """For a caption: model, machine, versions, date, command."""
     settings, versions = result["settings"], result["versions"]
-    model = f"{settings['shape']}'s shape" if "shape" in settings else ""
+    shape = settings.get("shape", "")
+    model = f"the shape of {shape} of vocabulary" if "," in shape else f"{shape}'s shape" if shape else ""
     model += f", {settings['layers']} layers" if settings.get("layers") else ""
     shown = ", ".join(f"{package} {version}" for package, version in versions.items() if package in SHOWN)
     notes = []

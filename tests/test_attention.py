@@ -414,9 +414,10 @@ def test_flex_is_compiled_for_queries_of_any_last_tokens():
 
     torch._dynamo.reset()
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        for i, (length, first) in enumerate([(384, 128), (512, 256), (640, 512), (896, 128), (700, 384)]):
-            if i == 2:
-                patch.setattr(flex, "RECOMPILE_LIMIT", 1)  # it raises if there is more to compile
+        pieces = [(384, 128), (640, 256), (640, 512), (512, 256), (896, 128), (700, 384), (384, 256)]
+        for i, (length, first) in enumerate(pieces):
+            if i == 3:  # one length, any, and a single block; it raises if there is more to compile
+                patch.setattr(flex, "RECOMPILE_LIMIT", 1)
             q, k, v, _, ends, _, visible = detached(problem(5, length, dim=16, value_dim=16, dtype=torch.float32))
             found = tree_attention(q[:, :, first:], k, v, ends, backend="flex")
             close(found, dense_attention(*(x.double() for x in (q, k, v)), visible)[:, :, first:], 1e-5)

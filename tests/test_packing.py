@@ -253,6 +253,8 @@ def test_a_split_has_the_fewest_parts_and_of_those_the_fewest_tokens(seed, num_p
     budget = round(longest + generosity * (len(tree) - longest))
     if len(tree) > budget:
         passes = [p for p in passes if any(p.loss_mask)]
+        if not passes:
+            return  # nothing to train, which is an error
     sets = [prefixes(p.input_ids) for p in passes]
     best = min(
         (len(groups), sum(sizes))

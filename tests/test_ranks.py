@@ -9,7 +9,6 @@ from pathlib import Path
 import hybrids
 import pytest
 import torch
-from filelock import FileLock
 from models import tiny
 from peak_memory import needs_linux
 from ranks import SHARED
@@ -23,15 +22,16 @@ from flexmask.integrations.transformers import check_in_parts
 from flexmask.integrations.ulysses import RankShare, share_row
 from flexmask.loss import target_weight
 
+pytestmark = pytest.mark.xdist_group("ranks")  # processes are started once
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def launch(script, *arguments):
-    """Two processes, killed with their children if they wait for each other."""
+def launch(script, result, *arguments):
+    """What two processes write to `result`. They are killed with their children if they wait for each other."""
     here = Path(__file__).parent
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
     process = subprocess.Popen(
-        [*LAUNCH, str(here / script), *map(str, arguments)], env=environment,
+        [*LAUNCH, str(here / script), str(result), *map(str, arguments)], env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -40,28 +40,12 @@ def launch(script, *arguments):
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert process.returncode == 0, said[-5000:]
+    return torch.load(result)
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory, worker_id):
-    """Results of a script, which one of pytest's workers runs for all."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "ranks"
-    folder.mkdir(exist_ok=True)
-
-    def result_of(script, *arguments):
-        result = folder / f"{script}.pt"
-        with FileLock(f"{result}.lock"):
-            if not result.exists():
-                launch(script, result, *(folder / argument for argument in arguments))
-        return torch.load(result)
-
-    return result_of
-
-
-@pytest.fixture(scope="module")
-def of_two(once):
-    return once("ranks.py")
+def of_two(tmp_path_factory):
+    return launch("ranks.py", tmp_path_factory.mktemp("ranks") / "result.pt")
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -98,8 +82,9 @@ def test_memory_of_a_rank_is_about_half(of_two):
 
 
 @pytest.fixture(scope="module")
-def of_modes(once):
-    return once("trainer_modes.py", "modes")
+def of_modes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modes")
+    return launch("trainer_modes.py", folder / "result.pt", folder)
 
 
 @pytest.fixture(scope="module")

@@ -99,9 +99,8 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
         seen["head"] = args[0], output
 
     def with_loss(output, loss: Tensor):
-        output["loss"] = (
-            loss  # as an item: an attribute would be missed by FSDP, which looks for tensors that go backward
-        )
+        # As an item: an attribute would be missed by FSDP, which looks for tensors that go backward.
+        output["loss"] = loss
         return output
 
     def add_losses(module, args, kwargs, output):  # inside the forward of what is around the model (DDP, FSDP)

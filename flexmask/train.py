@@ -187,9 +187,8 @@ def _checkpoint(args: OnePassTrainingArguments, tell: Callable[[str], object]) -
     """What to resume from: what is named, or with "true" the last that is whole, if there is one."""
     if args.resume_from_checkpoint not in ("true", "True", "last"):
         return args.resume_from_checkpoint
-    [(found, unfinished)] = broadcast_object_list(
-        [last_checkpoint(args.output_dir)]
-    )  # of a disk that all of them may not have
+    # That of rank 0, since not all of them need have its disk.
+    [(found, unfinished)] = broadcast_object_list([last_checkpoint(args.output_dir)])
     for path in unfinished:
         tell(f"{path} was not written to its end, so it is not used")
     tell(f"resuming from {found}" if found else f"there is no checkpoint in {args.output_dir}, so training begins anew")

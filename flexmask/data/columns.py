@@ -69,18 +69,20 @@ class Columns:
         return Columns, (self.parts,)
 
     def tree(self, row: int) -> TokenTree:
-        return TokenTree.from_dict({name: self._list(row, name).copy() for name in LIST_TYPES})
+        return TokenTree.from_dict({name: x.copy() for name, x in self._of(row, *LIST_TYPES).items()})
 
     def trunk(self, row: int) -> np.ndarray:
-        return self._list(row, "input_ids")[: trunk_length(self._list(row, "position_ids"))]
+        of_row = self._of(row, "input_ids", "position_ids")
+        return of_row["input_ids"][: trunk_length(of_row["position_ids"])]
 
-    def _list(self, row: int, name: str) -> np.ndarray:
+    def _of(self, row: int, *names: str) -> dict[str, np.ndarray]:
+        """Those lists of a tree, without a copy."""
         batch = int(np.searchsorted(self._ends, row, side="right"))
         at = row - self._ends[batch] + self.batches[batch].num_rows
         if batch not in self._lists:
             self._lists[batch] = {name: _lists(self.batches[batch], name) for name in LIST_TYPES}
-        begin, values = self._lists[batch][name]
-        return values[begin[at] : begin[at + 1]]
+        lists = ((name, *self._lists[batch][name]) for name in names)
+        return {name: values[begin[at] : begin[at + 1]] for name, begin, values in lists}
 
     def column(self, name: str) -> np.ndarray:
         """A column that has one value for each tree."""

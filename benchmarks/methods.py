@@ -102,13 +102,26 @@ def padded(conversations, vocab, max_tokens):
 
 def packed(conversations, vocab, max_tokens):
     """N-pass, passes packed into rows in which no pass sees another, with the loss of one-pass."""
-    rows = pack(_single_trees(flat(conversations)), max_tokens)
+    rows = _documents(flat(conversations), max_tokens)
     return Work("each-pass", [_one_after_the_other(row) for row in rows], _counted(rows, keeps_logits=_library_sums()))
 
 
 def packed_trees(conversations, vocab, max_tokens):
     """The same with our attention: to it a tree without forks is a document, and it skips the tiles between documents."""
-    return one_pass([[p] for p in flat(conversations)], vocab, max_tokens)
+    rows = _documents(flat(conversations), max_tokens)
+    return Work("flexmask", _batches(rows, vocab), _counted(rows, keeps_logits=_library_sums()))
+
+
+def _documents(passes: Sequence[Pass], max_tokens: int) -> list[TokenTree]:
+    """Rows of whole passes that share nothing, the longest first, each in the first row with room (`pack` would merge them)."""
+    rows: list[list[TokenTree]] = []
+    for tree in sorted(_single_trees(passes), key=len, reverse=True):
+        row = next((row for row in rows if sum(map(len, row)) + len(tree) <= max_tokens), None)
+        if row is None:
+            rows.append([tree])
+        else:
+            row.append(tree)
+    return [TokenTree.concat(row) for row in rows]
 
 
 def interleaved(conversations, vocab, max_tokens):

@@ -147,6 +147,15 @@ def test_all_methods_have_the_same_gradients(methods):
             assert (a - b).norm() <= 1e-4 * b.norm()
 
 
+@pytest.mark.parametrize("method", [METHODS["N-pass, packed"], packed_trees])
+def test_packed_passes_share_nothing(method):
+    """The bug guarded: `pack` merges passes with a long common beginning, and N-pass would be one-pass."""
+    common = np.arange(300)
+    passes = [Pass(np.append(common, [last, last + 1]), np.arange(302) > 299) for last in (400, 410, 420)]
+    work = method([passes[:2], passes[2:]], 512, 700)
+    assert [batch["input_ids"].shape[1] for batch in work.batches] in ([604, 302], [640, 384])
+
+
 def test_packed_passes_of_a_gpu(monkeypatch):
     """FlashAttention, of which there is the signature here and a stand-in, and our attention train as what a CPU does."""
     signature, calls = inspect.signature(varlen_attn), []

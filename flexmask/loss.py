@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from importlib import metadata
 
 import torch
 from packaging.version import Version
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from .collator import target_weight, to_batch
+from .integrations.output_layer import OutputLayer, run_with_losses
 from .integrations.transformers import inner_model
 from .tree import TokenTree
 
@@ -58,17 +56,17 @@ def tree_loss(model, batch: Mapping[str, Tensor], total_weight: float | Tensor |
 def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of every target, (M,) float32 (float64 in float64), differentiable.
 
-    Where the logits are large, the model runs once up to its last hidden states; unless the output layer is spread over ranks by
-    itself (ZeRO 3, Accelerate's FSDP2), which has all logits at once. If its logits are a linear layer of
-    those and nothing else, a library's fused loss takes over: Liger-Kernel on CUDA where it is installed, PyTorch's own
-    (2.13) in float32 and float64. Otherwise the model's output layer, with whatever it does to logits (soft-cap, scale,
+    Where the logits are large, losses are computed in the place of logits, where the model calls its output layer. If its logits
+    are a linear layer and nothing else, a library's fused loss takes over: Liger-Kernel on CUDA where it is installed, PyTorch's
+    own (2.13) in float32 and float64. Otherwise the output layer, with whatever the model does to logits (soft-cap, scale,
     adapters), runs on one chunk of targets after the other. All of them compute logits again in the backward, but for the
     libraries in `tree_loss` where no more than MOST_WEIGHTS different weights occur: of a sum they have the gradients ready
-    after the forward. The gradient of 16-bit weights is summed over chunks in 16 bits, as gradient
-    accumulation sums it.
+    after the forward. The gradient of 16-bit weights is summed over chunks in 16 bits, as gradient accumulation sums it. A model
+    without an output layer of its own, or spread over ranks in a way that gathers it part by part, has all logits at once.
 
     Raises:
         TypeError: not a Hugging Face model, nor one around it.
+        NotImplementedError: the model does not compute logits of just the targets.
     """
     return _losses(model, batch, None)
 
@@ -84,64 +82,37 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
 
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "target_weight")}
     inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    index, targets = inputs.pop("logits_to_keep"), inputs.pop("shift_labels")[0]
+    targets = inputs.pop("shift_labels")[0]
     size = chunk_size(inner.config.get_text_config().vocab_size)
-    head = inner.get_output_embeddings()
-    if len(index) <= size or inner.base_model is inner or _is_spread(head):
-        return result(_cross_entropy(model(**inputs, logits_to_keep=index, use_cache=False).logits, targets))
 
-    seen = {}  # what the body gave, and what went into and came out of the output layer: for the last target only
-
-    def keep_hidden(module, args, output):
-        seen["body"] = output
-
-    def keep_logits(module, args, output):
-        seen["head"] = args[0], output
-
-    def with_loss(output, loss: Tensor):
-        # As an item: an attribute would be missed by FSDP, which looks for tensors that go backward.
-        output["loss"] = loss
-        return output
-
-    def add_losses(module, args, kwargs, output):  # inside the forward of what is around the model (DDP, FSDP)
-        states = seen["body"].last_hidden_state[0, index]
-        fused = _fused_losses(head, states, *seen["head"], output.logits) if "head" in seen else None
-        while hooks:
-            hooks.pop().remove()
+    def losses_of(layer: OutputLayer, states: Tensor) -> Tensor:
+        """Of what the model gives to its output layer, (1, M, hidden)."""
+        _check_count(inner, states, targets)
+        fused = _fused_losses(layer, states)
         if fused is not None:
-            loss = _weighted_sum(fused, states, targets, weight)
-            return with_loss(output, result(fused(states, targets)) if loss is None else loss)
+            loss = _weighted_sum(fused, states[0], targets, weight)
+            return result(fused(states[0], targets)) if loss is None else loss
 
-        def losses_of(last_hidden_state, index, targets):
-            body = type(seen["body"])(**{**seen["body"], "last_hidden_state": last_hidden_state})
-            again = kwargs | {"logits_to_keep": index, "subtree_end": None}  # no layer runs that would need it
-            with _returning(module.base_model, body):
-                return _cross_entropy(module.forward(*args, **again).logits, targets)
+        def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
+            return _cross_entropy(layer.logits(states), targets)
 
-        losses = [
-            checkpoint(losses_of, seen["body"].last_hidden_state, i, t, use_reentrant=False)
-            for i, t in zip(index.split(size), targets.split(size))
-        ]
-        return with_loss(output, result(torch.cat(losses)))
+        chunks = zip(states.split(size, 1), targets.split(size), strict=True)
+        return result(torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]))
 
-    hooks = [inner.base_model.register_forward_hook(keep_hidden)]
-    if head is not None:
-        hooks.append(head.register_forward_hook(keep_logits))
-    outermost = inner.register_forward_hook(add_losses, with_kwargs=True, prepend=True)
-    try:
-        return model(**inputs, logits_to_keep=index[-1:], use_cache=False).loss
-    finally:
-        for hook in (outermost, *hooks):
-            hook.remove()
+    losses = run_with_losses(model, inner, inputs, losses_of) if len(targets) > size else None
+    if losses is None:
+        logits = model(**inputs, use_cache=False).logits
+        _check_count(inner, logits, targets)
+        losses = result(_cross_entropy(logits, targets))
+    return losses
 
 
-def _is_spread(head: torch.nn.Module | None) -> bool:
-    """Whether every call of the output layer gathers its weights from all ranks, and lets go of them afterwards."""
-    if head is None:
-        return False
-    return isinstance(head, FSDPModule | FullyShardedDataParallel) or any(
-        hasattr(p, "ds_id") for p in head.parameters()
-    )
+def _check_count(inner, found: Tensor, targets: Tensor) -> None:
+    if found.shape[1] != len(targets):
+        raise NotImplementedError(
+            f"{type(inner).__name__} computed logits of {found.shape[1]} tokens where logits_to_keep names {len(targets)}: it "
+            "does not know that argument, or what was put in its place (a fused output layer) ignores it"
+        )
 
 
 def chunk_size(vocab_size: int) -> int:
@@ -149,29 +120,15 @@ def chunk_size(vocab_size: int) -> int:
     return max(1, CHUNK_LOGITS // vocab_size)
 
 
-def _fused_losses(head, states: Tensor, inputs: Tensor, outputs: Tensor, logits: Tensor) -> Callable | None:
-    """A library's loss of (last hidden states, targets) that never holds all logits; None if none is right or installed.
-
-    Args:
-        head: the output layer.
-        states: (M, hidden), the last hidden states that predict the targets.
-        inputs, outputs: (1, 1, hidden), (1, 1, vocabulary): what the layer was given and gave for the last of them.
-        logits: (1, 1, vocabulary), the model's logits of it.
-    """
-    if type(head) is not torch.nn.Linear or isinstance(head.weight, DTensor) or not head.weight.numel():
-        return None  # an adapter, or sharded
-    if "forward" in head.__dict__ or len(head._forward_hooks) != 1:
-        return None  # changed from outside; the one hook is ours
-    dtype = outputs.dtype  # that of autocast, too, wherever it was switched on
-    with torch.no_grad():  # is there anything before the layer or after it? Zeros would not tell.
-        same = torch.equal(inputs[0, -1], states[-1]) and torch.equal(outputs.to(logits.dtype), logits)
-        if not same or not outputs.any():
-            return None
-    library = _library_loss(states.device.type, dtype)
+def _fused_losses(layer: OutputLayer, states: Tensor) -> Callable | None:
+    """A library's loss of (what the model gives to its output layer (n, hidden), targets) that never holds all logits; None if
+    none is right or installed."""
+    linear = layer.linear(states)
+    library = None if linear is None else _library_loss(states.device.type, linear[0].dtype)
     if library is None:
         return None
-    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
-    return lambda states, targets, **how: library(states.to(dtype), weight, targets, bias, **how)
+    weight, bias = linear
+    return lambda states, targets, **how: library(states.to(weight.dtype), weight, targets, bias, **how)
 
 
 def _weighted_sum(fused: Callable, states: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor | None:
@@ -212,20 +169,6 @@ def _has_liger() -> bool:
         return Version(metadata.version("liger-kernel")) >= Version(LIGER_VERSION)
     except metadata.PackageNotFoundError:
         return False
-
-
-@contextmanager
-def _returning(module: torch.nn.Module, output):
-    """Calls of the module give this output, and run nothing."""
-    own = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from peak_memory import needs_linux
 from ranks import SHARED
 from test_branches import ROWS, same, whole
 from test_transformers import Vocabulary
-from trainer_modes import MODES, WRAPPERS, train
+from trainer_modes import CHUNK, MODES, WRAPPERS, train
 
 from flexmask import tree_loss
 from flexmask.collator import to_batch
@@ -100,6 +100,8 @@ def test_the_trainer_in_every_mode(of_modes, of_one, mode, resumed):
     """Two steps on rows of unequal size, and the second of them again from what was saved after the first."""
     found = of_modes[mode, resumed]
     assert found["wrapped"] == WRAPPERS[mode.partition(",")[0]]
+    if mode.endswith(("logits in chunks", "fused loss")):
+        assert found["logits"] <= CHUNK
     for name, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5)):
         assert found[name].keys() == of_one[name].keys() == {1, 2}
         assert found[name] == pytest.approx(of_one[name], rel=tolerance)

@@ -1,0 +1,239 @@
+"""Losses in the place of logits: computed where a model calls its output layer.
+
+A wrapper that spreads the weights of that layer over ranks (FSDP2, ZeRO 3) gathers them for a call of it, and every rank must
+call it as often as the others; so all targets go through one call, within which they can be taken in chunks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+class OutputLayer:
+    """The output layer in a forward of its model, with what the model does to logits after it (soft-cap, scale)."""
+
+    def __init__(self, inner: PreTrainedModel, head: torch.nn.Module, inputs: Mapping[str, Tensor]):
+        self._inner, self._head, self._inputs = inner, head, inputs
+        self._body = None  # what the layers before it gave: its type, and what there is beside hidden states
+        self._is_spread = _is_spread(head)
+        # Chunks of one that is spread go around its hooks, which are those of the one call that all of them are in.
+        self._call = head.forward if self._is_spread else head
+        is_linear = type(head).forward is torch.nn.Linear.forward and "forward" not in head.__dict__
+        self._is_linear = is_linear and (self._is_spread or not (head._forward_hooks or head._forward_pre_hooks))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The model's logits (1, n, vocabulary) of what it gave to the layer (1, n, hidden)."""
+        return self._finished(self._call(states))
+
+    def linear(self, states: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """(weight, bias) in the dtype of logits (that of autocast, too, wherever it was switched on); None if the model's logits
+        are not these applied to the states and nothing else.
+
+        Args:
+            states: (1, n, hidden), n ≥ 1.
+        """
+        weight, bias = self._head.weight if self._is_linear else None, getattr(self._head, "bias", None)
+        if weight is None or isinstance(weight, DTensor) or not weight.numel():
+            return None
+        with torch.no_grad():  # is there anything after the layer? Zeros would not tell.
+            logits = self._call(states[:, -1:])
+            if not logits.any() or not torch.equal(self._finished(logits).to(logits.dtype), logits):
+                return None
+        return weight.to(logits.dtype), None if bias is None else bias.to(logits.dtype)
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """What the model makes of the layer's logits: its forward, in which nothing else runs."""
+        body = type(self._body)(**{**self._body, "last_hidden_state": logits})
+        inputs = {**self._inputs, "subtree_end": None, "logits_to_keep": 0, "use_cache": False}
+        with _giving(self._inner.base_model, body), _in_place_of(self._head, self._inner, lambda states: logits):
+            # Of the class: what a wrapper has put around the model's own forward is running already, and Accelerate's autocast
+            # stays on for good if it is entered twice.
+            return type(self._inner).forward(self._inner, **inputs).logits
+
+
+def run_with_losses(
+    model: torch.nn.Module,
+    inner: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    losses: Callable[[OutputLayer, Tensor], Tensor],
+) -> Tensor | None:
+    """Run a model with other numbers in the place of its logits.
+
+    Args:
+        model: around `inner`, or it.
+        inner: the Hugging Face model.
+        inputs: of the model; logits_to_keep are M places.
+        losses: called in the forward with the output layer and what the model gives to it, (1, M, hidden) -> a tensor of any
+            shape.
+
+    Returns:
+        What `losses` gave, with a backward through whatever is around the model. None, and nothing has run, if the model has no
+        output layer that can be called in this way.
+
+    Raises:
+        RuntimeError: the model did not call the layer, or not once.
+    """
+    head = inner.get_output_embeddings()
+    if head is None or inner.base_model is inner or not _takes_chunks(head) or _place(head, inner) is None:
+        return None
+    layer, detour = OutputLayer(inner, head, inputs), _Detour()
+
+    def keep_body(module, args, output):
+        layer._body = output
+
+    @torch.compiler.disable
+    def call(states: Tensor) -> Tensor:
+        if detour.value is not None:
+            raise RuntimeError(
+                f"{type(inner).__name__} calls its output layer several times in a forward, expected once"
+            )
+        return detour.enter(losses(layer, states))
+
+    hook = inner.base_model.register_forward_hook(keep_body)
+    try:
+        with _forward_of(head, call) if layer._is_spread else _in_place_of(head, inner, call):
+            output = model(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    if detour.value is None:
+        raise RuntimeError(
+            f"{type(inner).__name__} does not call its output layer, a {type(head).__name__}, in a forward"
+        )
+    return detour.leave(output.logits)
+
+
+def _is_spread(head: torch.nn.Module) -> bool:
+    """Whether every call of the layer gathers its weights from all ranks, and may let go of them afterwards."""
+    return isinstance(head, FSDPModule | FullyShardedDataParallel) or _is_spread_by_deepspeed(head)
+
+
+def _is_spread_by_deepspeed(module: torch.nn.Module) -> bool:
+    return any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+def _takes_chunks(head: torch.nn.Module) -> bool:
+    """If it is spread: whether only calls of the layer itself gather weights, and its hooks do nothing else."""
+    if not _is_spread(head):
+        return True
+    parts = [m for m in head.modules() if m is not head]
+    if isinstance(head, FullyShardedDataParallel) or any(isinstance(m, FSDPModule) for m in parts):
+        return False
+    if parts and _is_spread_by_deepspeed(head):
+        return False
+    return all(
+        hook.__module__.startswith(("torch.distributed.", "deepspeed.")) for hook in head._forward_hooks.values()
+    )
+
+
+# ------------------------------------------------------------------------------------------- what stands in for a while
+
+
+class _StandIn(torch.nn.Module):
+    """Kept with the layer that it stands in for: a compiled model would be compiled anew for another one."""
+
+    run: Callable[[Tensor], Tensor] | None = None
+
+    @torch.compiler.disable
+    def forward(self, states: Tensor) -> Tensor:
+        return self.run(states)
+
+
+_STAND_INS: weakref.WeakKeyDictionary[torch.nn.Module, _StandIn] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _in_place_of(head: torch.nn.Module, inner: torch.nn.Module, run: Callable[[Tensor], Tensor]):
+    """The model calls this in place of its output layer."""
+    stand_in = _STAND_INS.setdefault(head, _StandIn())
+    parent, name = _place(head, inner) or _place(stand_in, inner)
+    before = parent._modules[name], stand_in.run
+    parent._modules[name], stand_in.run = stand_in, run
+    try:
+        yield
+    finally:
+        parent._modules[name], stand_in.run = before
+
+
+def _place(module: torch.nn.Module, inner: torch.nn.Module) -> tuple[torch.nn.Module, str] | None:
+    """The module that has this one, and under which name."""
+    return next(((m, name) for m in inner.modules() for name, x in m._modules.items() if x is module), None)
+
+
+_OF_CALLS = ("forward", "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+@contextmanager
+def _giving(module: torch.nn.Module, output):
+    """Calls of the module give this output, and run nothing, hooks neither."""
+    own = {name: module.__dict__[name] for name in _OF_CALLS if name in module.__dict__}
+    module.__dict__.update({name: OrderedDict() for name in own}, forward=lambda *args, **kwargs: output)
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        module.__dict__.update(own)
+
+
+@contextmanager
+def _forward_of(module: torch.nn.Module, forward: Callable):
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+# --------------------------------------------------------------------------------------------------------- the way out
+
+
+class _Detour:
+    """Takes a value around what a model and its wrappers do to logits on their way out, and its gradient around it on the way
+    back. In the place of logits go zeros, so that all of them (FSDP, DDP) see something pass."""
+
+    def __init__(self):
+        self.value: Tensor | None = None
+        self.grad: Tensor | None = None
+
+    def enter(self, value: Tensor) -> Tensor:
+        self.value, self._has_grad = value.detach(), value.requires_grad
+        return _Enter.apply(value, self)
+
+    def leave(self, passed: Tensor) -> Tensor:
+        if self._has_grad and not passed.requires_grad:
+            raise RuntimeError("the output of the model's last layer goes backward, and that of the model does not")
+        return _Leave.apply(passed, self)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, detour):
+        ctx.detour = detour
+        return value.new_zeros(1, 1, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.detour.grad, None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, passed, detour):
+        ctx.detour, ctx.passed = detour, passed.detach()
+        return detour.value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.detour.grad = grad
+        return torch.zeros_like(ctx.passed), None

@@ -21,8 +21,10 @@ from transformers.masking_utils import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import flexmask.loss
 from flexmask import OnePassCollator, TokenTree
 from flexmask.integrations.transformers import check_config
+from flexmask.loss import target_losses
 
 VOCABULARY = 96
 COMMON = {
@@ -168,6 +170,22 @@ def test_exact(family):
     largest = max(g.abs().max() for g in expected_grads.values())
     for name, g in expected_grads.items():
         assert (grads[name] - g).abs().max() <= 2e-4 * largest, name
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_logits_in_chunks(family, monkeypatch):
+    """The bugs guarded: OPT's model runs only a part of its base model; ModernBERT has a layer before its output layer."""
+    model, (_, batch) = tiny(family), tree_batch(conversations())
+    weight = torch.arange(1.0, batch["shift_labels"].shape[1] + 1)
+    found = []
+    for targets in (len(weight), 5):
+        monkeypatch.setattr(flexmask.loss, "CHUNK_LOGITS", targets * VOCABULARY)
+        losses = target_losses(model, batch)
+        (losses * weight).sum().backward()
+        found.append((losses.detach(), torch.cat([g.flatten() for g in gradients(model).values()])))
+    (losses, gradient), (of_chunks, gradient_of_chunks) = found
+    torch.testing.assert_close(of_chunks, losses, rtol=1e-5, atol=1e-6)
+    assert (gradient_of_chunks - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 def test_llama4_in_float64_and_compiled():

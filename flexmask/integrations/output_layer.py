@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 
 class OutputLayer:
@@ -23,7 +24,8 @@ class OutputLayer:
 
     def __init__(self, inner: PreTrainedModel, head: torch.nn.Module, inputs: Mapping[str, Tensor]):
         self._inner, self._head, self._inputs = inner, head, inputs
-        self._body = None  # what the layers before it gave: its type, and what there is beside hidden states
+        # What gave the states, and all that it gave beside them. (That is `inner.base_model`, but not of OPT.)
+        self._body: tuple[PreTrainedModel, ModelOutput] | None = None
         self._is_spread = _is_spread(head)
         # Chunks of one that is spread go around its hooks, which are those of the one call that all of them are in.
         self._call = head.forward if self._is_spread else head
@@ -52,9 +54,11 @@ class OutputLayer:
 
     def _finished(self, logits: Tensor) -> Tensor:
         """What the model makes of the layer's logits: its forward, in which nothing else runs."""
-        body = type(self._body)(**{**self._body, "last_hidden_state": logits})
+        body, output = self._body
+        nothing = logits.new_zeros(*logits.shape[:2], output.last_hidden_state.shape[-1])
+        output = type(output)(**{**output, "last_hidden_state": nothing})
         inputs = {**self._inputs, "subtree_end": None, "logits_to_keep": 0, "use_cache": False}
-        with _giving(self._inner.base_model, body), _in_place_of(self._head, self._inner, lambda states: logits):
+        with _giving(body, output), _in_place_of(self._head, self._inner, lambda states: logits):
             # Of the class: what a wrapper has put around the model's own forward is running already, and Accelerate's autocast
             # stays on for good if it is entered twice.
             return type(self._inner).forward(self._inner, **inputs).logits
@@ -83,12 +87,12 @@ def run_with_losses(
         RuntimeError: the model did not call the layer, or not once.
     """
     head = inner.get_output_embeddings()
-    if head is None or inner.base_model is inner or not _takes_chunks(head) or _place(head, inner) is None:
+    if head is None or not _takes_chunks(head) or _place(head, inner) is None:
         return None
     layer, detour = OutputLayer(inner, head, inputs), _Detour()
 
-    def keep_body(module, args, output):
-        layer._body = output
+    def keep(module, args, output):  # the last one to end is the outermost
+        layer._body = module, output
 
     @torch.compiler.disable
     def call(states: Tensor) -> Tensor:
@@ -98,12 +102,14 @@ def run_with_losses(
             )
         return detour.enter(losses(layer, states))
 
-    hook = inner.base_model.register_forward_hook(keep_body)
+    bodies = [m for m in inner.modules() if isinstance(m, PreTrainedModel) and m is not inner]
+    hooks = [body.register_forward_hook(keep) for body in bodies]
     try:
         with _forward_of(head, call) if layer._is_spread else _in_place_of(head, inner, call):
             output = model(**inputs, use_cache=False)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     if detour.value is None:
         raise RuntimeError(
             f"{type(inner).__name__} does not call its output layer, a {type(head).__name__}, in a forward"

@@ -277,6 +277,11 @@ class OnePassTrainingArguments(TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}, expected 0: the Trainer's smoothing shifts the "
                 "labels by one token, and a target need not be the right neighbour of where it is predicted"
             )
+        if self.neftune_noise_alpha:
+            raise ValueError(
+                f"neftune_noise_alpha is {self.neftune_noise_alpha}, expected none: NEFTune scales its noise by the length of a "
+                "sequence, and a row holds many"
+            )
         sampling = getattr(self, "train_sampling_strategy", None)  # group_by_length in older versions
         if sampling in ("group_by_length", "batch_rebalance") or getattr(self, "group_by_length", False):
             raise ValueError(

@@ -28,6 +28,8 @@ class OnePassCollator:
         pad_to_multiple_of: rows are padded to a multiple of this. 128 is the block of the attention kernels; a larger
             number (say `max_tokens`) gives fewer different shapes.
         loss_reduction: what the loss is a mean of, see `TokenTree.from_passes`. Trees made ahead keep their weights.
+        target_per_position: for trainers that compute a loss of their own from shift_labels of every token, such as TRL's
+            SFTTrainer. Without weights, and with one target for a token at most.
         **template_options: options of `render_passes`, arguments of the template among them.
     """
 
@@ -39,6 +41,7 @@ class OnePassCollator:
         max_length: int | None = None,
         pad_to_multiple_of: int = BLOCK_SIZE,
         loss_reduction: str = "token",
+        target_per_position: bool = False,
         **template_options,
     ):
         if loss_reduction not in LOSS_REDUCTIONS:
@@ -48,6 +51,7 @@ class OnePassCollator:
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.loss_reduction = loss_reduction
+        self.target_per_position = target_per_position
         self.template_options = template_options
 
     def __call__(self, examples: Sequence) -> dict[str, Tensor]:
@@ -58,6 +62,8 @@ class OnePassCollator:
             are predicted; labels, shift_labels: int64 (1, M), the targets; and target_weight: float32 (1, M) if not
             all are 1. The model's own loss knows no weights, and a model with such a batch raises: take `tree_loss`, or
             the Trainer of flexmask.train.
+            With `target_per_position`, in place of logits_to_keep: shift_labels (1, L), the target that is predicted at each
+            token, or -100; and labels (1, L), -100 everywhere, because who shifts those by one token must not find any.
 
         Raises:
             ConversationError: an example cannot be rendered (its place in the batch is named).
@@ -102,7 +108,10 @@ class OnePassCollator:
 
     def batch(self, row: TokenTree) -> dict[str, Tensor]:
         """The batch of one row."""
-        return to_batch(row, pad_to_multiple_of=self.pad_to_multiple_of, pad_token_id=self.tokenizer.pad_token_id or 0)
+        padding = {
+            "pad_to_multiple_of": self.pad_to_multiple_of, "pad_token_id": self.tokenizer.pad_token_id or 0,
+        }  # fmt: skip
+        return (_with_target_per_position if self.target_per_position else to_batch)(row, **padding)
 
 
 def to_batch(row: TokenTree, *, pad_to_multiple_of: int = BLOCK_SIZE, pad_token_id: int = 0) -> dict[str, Tensor]:
@@ -121,6 +130,24 @@ def to_batch(row: TokenTree, *, pad_to_multiple_of: int = BLOCK_SIZE, pad_token_
         "shift_labels": labels,
     }
     return batch if (weight == 1).all() else batch | {"target_weight": torch.from_numpy(weight)[None]}
+
+
+def _with_target_per_position(row: TokenTree, **padding) -> dict[str, Tensor]:
+    if (row.target_weight != 1).any():
+        raise ValueError(
+            "targets have weights, which the loss of another trainer would ignore; use flexmask's OnePassTrainer, or leave out "
+            "weights and loss_reduction"
+        )
+    if len(np.unique(row.target_index)) < row.num_targets:
+        raise ValueError(
+            "some token of the row has several targets, because passes that begin alike are trained from there on; a label per "
+            "token cannot hold them: use flexmask's OnePassTrainer, or put such conversations into different rows"
+        )
+    batch = to_inputs(row, **padding)
+    labels = torch.full_like(batch["input_ids"], -100)
+    targets = labels.clone()
+    targets[0, row.target_index] = torch.from_numpy(row.target_ids)
+    return batch | {"labels": labels, "shift_labels": targets}
 
 
 def target_weight(batch: Mapping[str, Tensor]) -> Tensor:

@@ -66,7 +66,7 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
 
     Raises:
         TypeError: not a Hugging Face model, nor one around it.
-        NotImplementedError: the model does not compute logits of just the targets.
+        NotImplementedError: the model does not compute logits of just the targets; AdaLoRA is trained.
     """
     return _losses(model, batch, None)
 
@@ -74,6 +74,12 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
 def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
     """As `target_losses`; with weights (M,) the weighted sum."""
     inner = inner_model(model)
+    adapters = getattr(inner, "peft_config", {}).values()
+    if inner.training and torch.is_grad_enabled() and any(adapter.peft_type == "ADALORA" for adapter in adapters):
+        raise NotImplementedError(
+            "AdaLoRA adds a loss of its own to that of the model, which flexmask's losses are not; take the library's Trainer "
+            "with OnePassCollator, or LoRA"
+        )
     device = next(model.parameters()).device
     weight = None if weight is None else weight.to(device)
 

@@ -148,10 +148,8 @@ def test_losses_and_gradients_of_the_parts_add_up(seed, num_passes, generosity):
 
 def plain_losses(model, batch):
     """Cross-entropies of the targets from the model's own logits, all at once."""
-    batch = {name: x for name, x in batch.items() if name != "labels"}
-    return torch.nn.functional.cross_entropy(
-        model(**batch).logits[0].float(), batch["shift_labels"][0], reduction="none"
-    )
+    ids, inputs = batch["shift_labels"][0], {name: x for name, x in batch.items() if "labels" not in name}
+    return torch.nn.functional.cross_entropy(model(**inputs).logits[0].float(), ids, reduction="none")
 
 
 class Library:

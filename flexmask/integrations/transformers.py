@@ -256,6 +256,51 @@ def inner_model(model: torch.nn.Module) -> PreTrainedModel:
     return inner
 
 
+def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
+    """Refuse a tree batch that is no longer what the collator made, so that its loss would be another one's.
+
+    Raises:
+        ValueError: telling what is missing, and who takes it away.
+    """
+    if kwargs.get("subtree_end") is None:
+        return
+    if kwargs.get("position_ids") is None:
+        raise ValueError(
+            "a tree batch without position_ids: positions would be places in the row; hand them over. (PEFT's prompt tuning and "
+            "prefix tuning take them out, and put tokens in front that the tree does not have: train LoRA instead)"
+        )
+    if not model.can_generate():
+        if "logits_to_keep" in kwargs:
+            raise ValueError(
+                "something calls the body of the model with a tree batch to compute a loss of its own (the fused output layer of "
+                "TRL's SFTTrainer does so) and does not know logits_to_keep; make the batch with "
+                "OnePassCollator(…, target_per_position=True), or use flexmask's OnePassTrainer"
+            )
+        return
+    labels, targets, places = (kwargs.get(name) for name in ("labels", "shift_labels", "logits_to_keep"))
+    if (labels is None) != (targets is None) and torch.is_grad_enabled():
+        raise ValueError(
+            "a tree batch has both labels and shift_labels, or neither, and "
+            f"{'labels are' if labels is None else 'shift_labels are'} missing. The Trainer takes labels out for a "
+            "compute_loss_func or a label_smoothing_factor, which shift them by one token, while a target need not be the right "
+            "neighbour of where it is predicted; leave those out, or compute a loss from flexmask.tree_logprobs"
+        )
+    if targets is not None and isinstance(places, Tensor) and places.shape != targets.shape[1:]:
+        raise ValueError(
+            f"a tree batch with {places.numel()} logits_to_keep for {targets.numel()} targets: the batch was cut or joined on "
+            'its way. Accelerate does so for an iterable dataset, unless accelerator_config={"dispatch_batches": False}'
+        )
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in getattr(model, "peft_config", {}).values()):
+        raise ValueError(
+            "alora_invocation_tokens: PEFT looks for them in the whole row, where other passes have theirs; train LoRA without"
+        )
+    embedding = model.get_input_embeddings()
+    if model.training and getattr(embedding, "neftune_noise_alpha", None):
+        raise ValueError(
+            "neftune_noise_alpha: NEFTune scales its noise by the length of a sequence, and a row holds many; leave it out"
+        )
+
+
 def check_in_parts(config: PreTrainedConfig, option: str, model_class: type | None = None) -> None:
     """Refuse an architecture of which a row cannot be run in parts, one after the other or on several ranks.
 
@@ -372,6 +417,9 @@ def _check_when_loading() -> None:
                 check_config(self.config, type(self))
             mixers.install(type(self))
             mixers.watch(self)  # when it is built, itself; when its attention is changed later, what is in it
+            for module in self.modules():
+                if isinstance(module, PreTrainedModel) and _before_forward not in module._forward_pre_hooks.values():
+                    module.register_forward_pre_hook(_before_forward, with_kwargs=True)
         return library_check(self, requested_attention, *args, **kwargs)
 
     PreTrainedModel.get_correct_attn_implementation = checked

@@ -1,0 +1,152 @@
+"""Tree batches in trainers that are not ours: right, or an error that says what to do."""
+
+import datasets
+import peft
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from flexmask import OnePassCollator, TokenTree, demo, pack
+from flexmask.data import build_trees
+from flexmask.train import OnePassTrainer, OnePassTrainingArguments
+
+CONVERSATIONS = demo.conversations(6)
+TOKENIZER = demo.train_tokenizer(demo.texts(CONVERSATIONS))
+LORA = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+
+
+def run(folder, *, data=CONVERSATIONS, model=None, arguments=None, collator=None, trainer=Trainer, **options):
+    """Two steps; the Trainer."""
+    arguments = {
+        "remove_unused_columns": False, "per_device_train_batch_size": 1, "max_steps": 2, "use_cpu": True, "report_to": [],
+        "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", **(arguments or {}),
+    }  # fmt: skip
+    kind = OnePassTrainingArguments if trainer is OnePassTrainer else TrainingArguments
+    made = trainer(
+        model or demo.tiny_model(TOKENIZER), kind(str(folder), **arguments), train_dataset=data,
+        data_collator=collator or OnePassCollator(TOKENIZER), **options,
+    )  # fmt: skip
+    made.train()
+    return made
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(CONVERSATIONS)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        # Trained in silence with gradients off by 173% before.
+        ({"arguments": {"label_smoothing_factor": 0.1}}, "labels are missing.* label_smoothing_factor"),
+        ({"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()}, "labels are missing.* compute_loss_func"),
+        ({"arguments": {"neftune_noise_alpha": 5.0}}, "NEFTune scales its noise by the length"),
+        ({"arguments": {"remove_unused_columns": True}}, "remove_unused_columns=False"),
+        ({"data": Stream()}, "dispatch_batches"),
+        ({"model": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)}, "without position_ids.* prompt tuning"),
+        ({"model": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)}, "without position_ids"),
+        ({"model": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)}, "past_key_values beside subtree_end"),
+        ({"model": peft.LoraConfig(**LORA, alora_invocation_tokens=[3, 4])}, "alora_invocation_tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_would_train_something_else(tmp_path, options, message):
+    if "model" in options:
+        options = options | {"model": peft.get_peft_model(demo.tiny_model(TOKENIZER), options["model"])}
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **options)
+
+
+def test_adalora_has_a_loss_of_its_own(tmp_path):
+    """Of the library's Trainer it is in the loss; ours would train without it."""
+    config = peft.AdaLoraConfig(**LORA, total_step=10, tinit=1, tfinal=2)
+    plain = run(tmp_path, model=demo.tiny_model(TOKENIZER)).state.log_history[0]["loss"]
+    model = peft.get_peft_model(demo.tiny_model(TOKENIZER), config)
+    assert run(tmp_path, model=model).state.log_history[0]["loss"] > plain + 0.1
+    rows = pack(build_trees(CONVERSATIONS, TOKENIZER).trees, 4096)
+    with pytest.raises(NotImplementedError, match="AdaLoRA adds a loss of its own"):
+        run(tmp_path, data=rows, model=model, trainer=OnePassTrainer)
+
+
+def test_a_tree_batch_needs_its_positions():
+    """The bug guarded: without them a model counts places in the row."""
+    batch = OnePassCollator(TOKENIZER)(CONVERSATIONS[:1])
+    del batch["position_ids"]
+    with pytest.raises(ValueError, match="without position_ids"):
+        demo.tiny_model(TOKENIZER)(**batch)
+
+
+# ------------------------------------------------------------------------------------------------------------------ TRL
+
+
+def sft(folder, collator, peft_config=None, **arguments):
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = {
+        "remove_unused_columns": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True},
+        "per_device_train_batch_size": 1, "max_steps": 2, "use_cpu": True, "report_to": [], "logging_steps": 1,
+        "save_strategy": "no", "disable_tqdm": True, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-3,
+        **arguments,
+    }  # fmt: skip
+    trainer = SFTTrainer(
+        demo.tiny_model(TOKENIZER), SFTConfig(str(folder), **arguments), data_collator=collator, processing_class=TOKENIZER,
+        train_dataset=datasets.Dataset.from_list(CONVERSATIONS), peft_config=peft_config,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("lora", [False, True])
+def test_trls_sft_trainer_takes_the_same_steps(tmp_path, lora, accumulated):
+    """As the library's Trainer, whose loss the tree's is proven to be."""
+    config = peft.LoraConfig(**LORA, r=4, lora_alpha=8) if lora else None
+    found = sft(
+        tmp_path, OnePassCollator(TOKENIZER, target_per_position=True), config, gradient_accumulation_steps=accumulated
+    )
+    torch.manual_seed(found.args.seed)
+    model = demo.tiny_model(TOKENIZER)
+    torch.manual_seed(found.args.seed)
+    model = peft.get_peft_model(model, config) if lora else model
+    expected = run(tmp_path, model=model, arguments={"gradient_accumulation_steps": accumulated, "learning_rate": 1e-3})
+    for ours, theirs in zip(found.state.log_history[:2], expected.state.log_history[:2], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert "mean_token_accuracy" in ours
+
+
+def test_trls_sft_trainer_with_other_batches_or_losses(tmp_path):
+    """The bug guarded: a size mismatch inside its loss."""
+    with pytest.raises(ValueError, match=r"OnePassCollator\(…, target_per_position=True\)"):
+        sft(tmp_path, OnePassCollator(TOKENIZER))
+    with pytest.raises(ValueError, match="labels are missing"):
+        sft(tmp_path, OnePassCollator(TOKENIZER, target_per_position=True), label_smoothing_factor=0.1)
+
+
+def test_a_target_per_position():
+    """Every target where it is predicted, and nothing that could be shifted."""
+    tree = TokenTree.from_passes(demo_passes())
+    batch = OnePassCollator(TOKENIZER, target_per_position=True)([tree])
+    assert batch.keys() == {"input_ids", "position_ids", "subtree_end", "labels", "shift_labels"}
+    assert (batch["labels"] == -100).all() and batch["labels"].shape == batch["input_ids"].shape
+    places = (batch["shift_labels"][0] != -100).nonzero().flatten()
+    assert sorted(tree.target_index.tolist()) == places.tolist()
+    assert batch["shift_labels"][0, tree.target_index].tolist() == tree.target_ids.tolist()
+
+
+def demo_passes():
+    from flexmask import render_passes
+
+    conversation = max(CONVERSATIONS, key=lambda c: len(c["messages"]))
+    return render_passes(conversation["messages"], TOKENIZER)
+
+
+def test_what_a_label_per_position_cannot_hold():
+    from flexmask import Pass
+
+    twice = TokenTree.from_passes([Pass([1, 2, 3], [0, 1, 1]), Pass([1, 4, 3], [0, 1, 1])])
+    weighted = TokenTree.from_passes([Pass([1, 2, 3], [0, 1, 1], weight=0.5)])
+    for tree, message in ((twice, "several targets"), (weighted, "targets have weights")):
+        with pytest.raises(ValueError, match=message):
+            OnePassCollator(TOKENIZER, target_per_position=True)([tree])

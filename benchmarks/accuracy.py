@@ -18,8 +18,11 @@ from training import build
 from transformers import Trainer, set_seed
 
 from flexmask import OnePassCollator, Pass, TokenTree
+from flexmask.arguments import ModelArguments, OnePassTrainingArguments
 from flexmask.data import build_trees
-from flexmask.train import ModelArguments, OnePassTrainer, OnePassTrainingArguments, load_data, load_model
+from flexmask.loading import load_data
+from flexmask.models import load_model
+from flexmask.trainer import OnePassTrainer
 
 
 def main() -> None:

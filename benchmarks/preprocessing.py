@@ -22,16 +22,17 @@ from common import Benchmark, _status, bars, in_own_process, measure, ratio, spr
 from transformers import AutoTokenizer
 
 from flexmask import OnePassCollator, TokenTree, pack, render_passes
+from flexmask.arguments import GENERATED_DATA
 from flexmask.data import load_conversations, prepare, tree_maker
 from flexmask.data.columns import SCHEMA
 from flexmask.data.preparation import CHUNK, _batch
 from flexmask.demo import conversations as generate_conversations
 from flexmask.demo import texts as texts_of
 from flexmask.demo import train_tokenizer
+from flexmask.models import load_tokenizer
 from flexmask.passes import render_conversation
 from flexmask.passes.render import _Renderer
 from flexmask.sources import open_source
-from flexmask.train import GENERATED_DATA, load_tokenizer
 
 DATA = "data.jsonl"
 PROCESSES = len(os.sched_getaffinity(0))

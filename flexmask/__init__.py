@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ConversationError",
     "OnePassCollator",
+    "OnePassTrainer",
+    "OnePassTrainingArguments",
     "Pass",
     "TokenTree",
     "backward_by_branches",
@@ -36,3 +38,16 @@ __all__ = [
 ]
 
 _register()
+
+
+def __getattr__(name: str):
+    """The Trainer, which takes seconds to import."""
+    if name == "OnePassTrainer":
+        from .trainer import OnePassTrainer
+
+        return OnePassTrainer
+    if name == "OnePassTrainingArguments":
+        from .arguments import OnePassTrainingArguments
+
+        return OnePassTrainingArguments
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from huggingface_hub import whoami
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from .data import OVERLONG
 from .messages import COLUMNS, is_weight
@@ -18,6 +21,7 @@ from .tree import LOSS_REDUCTIONS
 # Names that need no download: a small random model, and generated conversations.
 TINY_MODEL = "flexmask/tiny-random"
 GENERATED_DATA = "flexmask/generated"
+MAX_TOKENS = 16384  # of a row, where nobody says it
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -32,9 +36,40 @@ class ModelArguments:
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Default: all linear layers."})
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules to train whole and to save with the adapters, e.g. embed_tokens lm_head."},
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale adapters by alpha / sqrt(rank), not alpha / rank."}
+    )
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: train magnitudes beside the adapters."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Weights in 4 bits (bitsandbytes), with adapters."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Weights in 8 bits (bitsandbytes), with adapters."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "Of 4 bits: nf4 or fp4."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Of 4 bits: their scales in 8 bits, too."})
 
     def __post_init__(self):
-        _one_of("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("nf4", "fp4"))
+        if self.use_peft:
+            check_installed("use_peft", "peft")
+        if not self.is_quantised:
+            return
+        option = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other; leave one of them out")
+        if not self.use_peft:
+            raise ValueError(
+                f"{option} needs use_peft: weights that were rounded are not trained, adapters around them are"
+            )
+        if self.model_name_or_path == TINY_MODEL:
+            raise ValueError(f"{option} needs a model from a folder or the hub, and {TINY_MODEL} is made on the spot")
+        check_installed(option, "bitsandbytes")
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.load_in_4bit or self.load_in_8bit
 
 
 @dataclass(frozen=True)
@@ -135,7 +170,7 @@ class DataArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of one pass, at most. Default: what the model takes."}
     )
-    max_tokens: int = field(default=16384, metadata={"help": "Tokens of one packed row, which is one batch."})
+    max_tokens: int = field(default=MAX_TOKENS, metadata={"help": "Tokens of one packed row, which is one batch."})
     overlong: str = field(
         default="error", metadata={"help": "Passes over max_length: error, drop the conversation, or truncate them."}
     )
@@ -146,8 +181,8 @@ class DataArguments:
     compare: int = field(default=0, metadata={"help": "Compare this many conversations with N passes afterwards."})
 
     def __post_init__(self):
-        _one_of("overlong", self.overlong, OVERLONG)
-        _one_of("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+        check_choice("overlong", self.overlong, OVERLONG)
+        check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
         for name in ("max_length", "max_tokens", "max_samples", "dataset_num_proc"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -212,8 +247,8 @@ class TemplateArguments:
 
     def __post_init__(self):
         _json_object("chat_template_kwargs", self.chat_template_kwargs)
-        _one_of("train_on", self.train_on, TRAIN_ON)
-        _one_of("empty_reasoning", self.empty_reasoning, EMPTY_REASONING)
+        check_choice("train_on", self.train_on, TRAIN_ON)
+        check_choice("empty_reasoning", self.empty_reasoning, EMPTY_REASONING)
         if not 0 <= self.reasoning_weight < math.inf:
             raise ValueError(f"reasoning_weight is {self.reasoning_weight}, expected a number that is not negative")
 
@@ -327,8 +362,49 @@ class OnePassTrainingArguments(TrainingArguments):
                 f"torchrun --nproc_per_node {self.n_gpu} -m flexmask train …, or set CUDA_VISIBLE_DEVICES"
             )
 
+    def check_environment(self) -> None:
+        """What the Trainer would find missing only when the data has been prepared.
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+        Raises:
+            ValueError: naming the argument, and what to do.
+        """
+        missing = [name for name in self.report_to if name not in get_available_reporting_integrations()]
+        if missing:
+            raise ValueError(
+                f"report_to names {', '.join(missing)}, which is not installed or not known; installed: "
+                f"{', '.join(get_available_reporting_integrations()) or 'none'}"
+            )
+        optimiser = str(getattr(self.optim, "value", self.optim))
+        for kind, library in (
+            ("bnb", "bitsandbytes"),
+            ("8bit", "bitsandbytes"),
+            ("apex", "apex"),
+            ("torchao", "torchao"),
+        ):
+            if kind in optimiser:
+                check_installed(f"optim {optimiser}", library)
+        if self.use_liger_kernel and self.device.type == "cpu":
+            raise ValueError("use_liger_kernel needs a GPU: Liger's kernels are Triton's; leave it out")
+        if self.use_liger_kernel:
+            check_installed("use_liger_kernel", "liger_kernel")
+        if self.fsdp and self.world_size == 1:
+            raise ValueError("fsdp needs several processes: start with torchrun --nproc_per_node N -m flexmask train …")
+        if self.push_to_hub and self.process_index == 0:
+            try:
+                whoami(token=self.hub_token)
+            except Exception as error:  # no network, no token, one that is refused: a kind of error for each
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"push_to_hub: the hub does not answer, or knows no user ({reason}); leave it out, or log in: hf auth login"
+                ) from error
+
+
+def check_installed(option: str, library: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        raise ValueError(f"{option} needs {library}, which is not installed: pip install {library}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
 

@@ -1,4 +1,4 @@
-"""The `flexmask` command: train, prepare, verify, inspect."""
+"""The `flexmask` command: train, prepare, verify, inspect, merge."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import yaml
 
 from .messages import ConversationError
 
-USAGE = """usage: flexmask {train,prepare,verify,inspect} …
+USAGE = """usage: flexmask {train,prepare,verify,inspect,merge} …
 
   flexmask train    fine-tune a model on conversations, one pass each (--config FILE, or flags; --help lists them)
   flexmask prepare  render and tokenise the conversations of a training ahead, with the arguments of train
   flexmask verify   compare one-pass with N-pass losses and gradients on your model and data; exit code 1 if they differ
   flexmask inspect  what a conversation becomes: passes, tokens, tiles, and a picture of the mask
+  flexmask merge    write trained adapters and their model as one plain model
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 1 if a comparison failed, 2 for bad input."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "prepare": _prepare, "verify": _verify, "inspect": _inspect}
+    commands = {"train": _train, "prepare": _prepare, "verify": _verify, "inspect": _inspect, "merge": _merge}
     if not argv or argv[0] not in commands:
         asked = argv and argv[0] in ("-h", "--help")
         print(USAGE, file=sys.stdout if asked else sys.stderr)
@@ -45,17 +46,21 @@ class ArgumentError(ValueError):
     """A flag, or an entry of a configuration file, that cannot be used."""
 
 
-def _parse(classes: tuple[type, ...], argv: list[str], *, positional: str | None = None, **options) -> list:
+DATASET = (
+    ".json, .jsonl or .parquet file of conversations, hub name, or flexmask/generated; or a JSON object with name, config, "
+    "split, columns"
+)
+
+
+def _parse(
+    classes: tuple[type, ...], argv: list[str], *, positional: str | None = None, explain: str = DATASET, **options
+) -> list:
     """Flags -> an instance of each dataclass, then the positional argument. Without one, flags go over a --config file."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(classes, allow_abbrev=False, **options)
     if positional:
-        parser.add_argument(
-            positional,
-            help=".json, .jsonl or .parquet file of conversations, hub name, or flexmask/generated; or a JSON object with "
-            "name, config, split, columns",
-        )
+        parser.add_argument(positional, help=explain)
     else:
         parser.add_argument("--config", help="A YAML file with these arguments; flags override it.")
         argv = [*_config_flags(argv), *argv]
@@ -108,7 +113,12 @@ def _train(argv: list[str]) -> int:
     from .train import train
 
     description = "Fine-tune a model on conversations. Below ours, the arguments of the Hugging Face Trainer."
-    train(*_parse_training(argv, prog="flexmask train", description=description))
+    parsed = _parse_training(argv, prog="flexmask train", description=description)
+    try:
+        parsed[-1].check_environment()
+    except ValueError as error:
+        raise ArgumentError(error) from error
+    train(*parsed)
     return 0
 
 
@@ -153,7 +163,8 @@ def _verify(argv: list[str]) -> int:
     import torch
 
     from .arguments import ModelArguments, TemplateArguments
-    from .train import first_conversations, load_model
+    from .loading import first_conversations
+    from .models import load_model
     from .verify import verify
 
     classes = (VerifyArguments, ModelArguments, TemplateArguments)
@@ -172,6 +183,34 @@ def _verify(argv: list[str]) -> int:
 
 
 @dataclass
+class MergeArguments:
+    output_dir: str = field(metadata={"help": "Where the model goes."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of its weights: auto, float32, bfloat16, float16."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
+
+    def __post_init__(self):
+        from .arguments import DTYPES, check_choice, check_installed
+
+        check_choice("dtype", self.dtype, DTYPES)
+        check_installed("merge", "peft")
+
+
+def _merge(argv: list[str]) -> int:
+    from .models import merge
+
+    description = (
+        "Write trained adapters and the model that they were trained on as one plain model, with its tokenizer."
+    )
+    args, adapter = _parse(
+        (MergeArguments,), argv, positional="adapter", prog="flexmask merge", description=description,
+        explain="folder that `flexmask train --use_peft true` wrote, or a hub name",
+    )  # fmt: skip
+    merge(adapter, args.output_dir, args.dtype, args.trust_remote_code)
+    print(f"model: {args.output_dir}")
+    return 0
+
+
+@dataclass
 class InspectArguments:
     tokenizer: str = field(metadata={"help": "Hub name or folder of the tokenizer."})
     index: int = field(default=0, metadata={"help": "Which conversation of the file, counted from zero."})
@@ -182,10 +221,10 @@ def _inspect(argv: list[str]) -> int:
     from .arguments import TemplateArguments
     from .cost import cost
     from .inspect import draw_mask, inspect_passes
-    from .loading import open_dataset
+    from .loading import first_conversations, open_dataset
     from .messages import read_conversation
+    from .models import load_config, load_tokenizer
     from .passes import render_conversation
-    from .train import first_conversations, load_config, load_tokenizer
 
     description = "Show what a conversation becomes, and draw its mask."
     args, template_args, name = _parse(

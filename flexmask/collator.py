@@ -61,7 +61,7 @@ class OnePassCollator:
             input_ids, position_ids: int64 (1, L); subtree_end: int32 (1, L); logits_to_keep: int64 (M,), where targets
             are predicted; labels, shift_labels: int64 (1, M), the targets; and target_weight: float32 (1, M) if not
             all are 1. The model's own loss knows no weights, and a model with such a batch raises: take `tree_loss`, or
-            the Trainer of flexmask.train.
+            flexmask.OnePassTrainer.
             With `target_per_position`, in place of logits_to_keep: shift_labels (1, L), the target that is predicted at each
             token, or -100; and labels (1, L), -100 everywhere, because who shifts those by one token must not find any.
 
@@ -69,6 +69,10 @@ class OnePassCollator:
             ConversationError: an example cannot be rendered (its place in the batch is named).
             ValueError: too long; token ids outside the vocabulary; no targets.
         """
+        return self.batch(self.row(examples))
+
+    def row(self, examples: Sequence) -> TokenTree:
+        """The row that they are in together; raises what a call does."""
         trees = []
         for index, example in enumerate(examples):
             try:
@@ -84,7 +88,7 @@ class OnePassCollator:
                 + "pack the dataset ahead with flexmask.pack, which splits a tree that is larger than a row, or raise "
                 f"max_tokens; the longest pass, which must fit into a row, has {row.max_length}"
             )
-        return self.batch(row)
+        return row
 
     def tree(self, example) -> TokenTree:
         """The tree of one example, checked against `max_length` and the vocabulary."""

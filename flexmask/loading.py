@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from . import demo
 from .arguments import GENERATED_DATA, DataArguments, DatasetArguments
 from .data import Preparation, TreeMaker, Trees, prepare, tree_maker
-from .messages import Conversation, ConversationError
+from .messages import Conversation, ConversationError, read_conversation
 from .packing import Rows, RowStream, pack
 from .sources import InMemory, Interleaved, Source, open_source
 from .tree import TokenTree
@@ -27,6 +27,21 @@ def open_dataset(dataset: DatasetArguments, seed: int = 0, streaming: bool = Fal
     if dataset.name == GENERATED_DATA:
         return InMemory(GENERATED_DATA, demo.conversations(512 if dataset.split in (None, "train") else 64, seed=seed))
     return open_source(dataset.name, dataset.split, dataset.config, streaming)
+
+
+def first_conversations(
+    datasets: Sequence[DatasetArguments], seed: int = 0, count: int | None = None
+) -> Iterator[Conversation]:
+    """The first conversations of each dataset (all, without a count), read one after the other."""
+    for dataset in datasets:
+        for record in islice(open_dataset(dataset, seed).stream(), count):
+            origin, record = record()
+            yield read_conversation(record, origin, dataset.columns)
+
+
+def load_data(name: str, split: str | None = None, seed: int = 0) -> list[Conversation]:
+    """Conversations of a file or hub dataset, or generated ones, of which the seed decides."""
+    return list(first_conversations([DatasetArguments(name, split=split)], seed))
 
 
 @dataclass(frozen=True)

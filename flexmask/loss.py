@@ -22,6 +22,7 @@ from .tree import TokenTree
 CHUNK_LOGITS = 2**26
 # Weights of targets that may differ for a sum with gradients that are ready after the forward: thoughts and answers, say.
 MOST_WEIGHTS = 2
+OBSERVED = 128  # targets of a row that metrics are taken of: their logits cost well below 1% of a step
 LIGER_VERSION = "0.8.2"  # the first whose losses of single targets have right gradients
 
 
@@ -40,7 +41,13 @@ def tree_logprobs(model, tree: TokenTree | Mapping[str, Tensor]) -> Tensor:
     return -target_losses(model, batch)
 
 
-def tree_loss(model, batch: Mapping[str, Tensor], total_weight: float | Tensor | None = None) -> Tensor:
+def tree_loss(
+    model,
+    batch: Mapping[str, Tensor],
+    total_weight: float | Tensor | None = None,
+    *,
+    observe: Callable[[Tensor, Tensor], object] | None = None,
+) -> Tensor:
     """Σ weight · loss / total_weight over the targets of a batch: a scalar.
 
     Args:
@@ -48,9 +55,11 @@ def tree_loss(model, batch: Mapping[str, Tensor], total_weight: float | Tensor |
         batch: of the collator; what else is in it is handed to the model as it is.
         total_weight: by default that of the batch, which makes it a mean. For a mean over several batches (gradient
             accumulation, several ranks) the weight of all of them: `target_weight(batch).sum()` of each.
+        observe: called with logits (n, vocabulary), without gradients, and the targets (n,) that they predict, of up to OBSERVED
+            targets from all over the row: for metrics.
     """
     weight = target_weight(batch)
-    return _losses(model, batch, weight) / (weight.sum() if total_weight is None else total_weight)
+    return _losses(model, batch, weight, observe) / (weight.sum() if total_weight is None else total_weight)
 
 
 def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
@@ -71,7 +80,7 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
     return _losses(model, batch, None)
 
 
-def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None, observe: Callable | None = None) -> Tensor:
     """As `target_losses`; with weights (M,) the weighted sum."""
     inner = inner_model(model)
     adapters = getattr(inner, "peft_config", {}).values()
@@ -90,10 +99,14 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
     inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     targets = inputs.pop("shift_labels")[0]
     size = chunk_size(inner.config.get_text_config().vocab_size)
+    observed = torch.linspace(0, len(targets) - 1, min(len(targets), OBSERVED, size), device=device).long()
 
     def losses_of(layer: OutputLayer, states: Tensor) -> Tensor:
         """Of what the model gives to its output layer, (1, M, hidden)."""
         _check_count(inner, states, targets)
+        if observe is not None:
+            with torch.no_grad():
+                observe(layer.logits(states[:, observed])[0], targets[observed])
         fused = _fused_losses(layer, states)
         if fused is not None:
             loss = _weighted_sum(fused, states[0], targets, weight)
@@ -109,6 +122,8 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None) -> Tensor
     if losses is None:
         logits = model(**inputs, use_cache=False).logits
         _check_count(inner, logits, targets)
+        if observe is not None:
+            observe(logits[0, observed].detach(), targets[observed])
         losses = result(_cross_entropy(logits, targets))
     return losses
 

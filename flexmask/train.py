@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -11,24 +11,12 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from matplotlib.figure import Figure
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    set_seed,
-)
+from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from . import demo
 from .arguments import (
-    GENERATED_DATA,
     TINY_MODEL,
     DataArguments,
-    DatasetArguments,
     ModelArguments,
     OnePassTrainingArguments,
     TemplateArguments,
@@ -36,31 +24,11 @@ from .arguments import (
 from .collator import OnePassCollator
 from .data import Counts
 from .inspect import draw_mask
-from .integrations.transformers import NAME, check_config
-from .loading import Loader, Part, open_dataset
-from .messages import Conversation, ConversationError, read_conversation
+from .loading import Loader, Part, first_conversations
+from .messages import Conversation, ConversationError
+from .models import hub_options, load_config, load_model, load_tokenizer
 from .trainer import OnePassTrainer, StopOnNonFiniteLoss, check_parts, last_checkpoint
 from .verify import Report, verify
-
-__all__ = [
-    "GENERATED_DATA",
-    "TINY_MODEL",
-    "DataArguments",
-    "DatasetArguments",
-    "MismatchError",
-    "ModelArguments",
-    "OnePassTrainer",
-    "OnePassTrainingArguments",
-    "StopOnNonFiniteLoss",
-    "TemplateArguments",
-    "first_conversations",
-    "load_config",
-    "load_data",
-    "load_model",
-    "load_tokenizer",
-    "prepare_datasets",
-    "train",
-]
 
 
 def train(
@@ -76,6 +44,7 @@ def train(
         NotImplementedError: the architecture is not supported.
         MismatchError: one-pass losses are not those of N passes on the first conversation.
     """
+    args.check_environment()
     set_seed(args.seed)
     evaluates = bool(data_args.eval_dataset_name or data_args.test_size)
     if args.eval_strategy != "no" and not evaluates:
@@ -86,7 +55,7 @@ def train(
         raise ConversationError("a stream has no length, so that --streaming needs --max_steps")
     in_parts = args.tokens_in_memory is not None or args.sequence_parallel_size > 1
     if in_parts and model_args.model_name_or_path != TINY_MODEL:  # before anything large is loaded
-        check_parts(AutoConfig.from_pretrained(model_args.model_name_or_path, **_hub_options(model_args)), args)
+        check_parts(AutoConfig.from_pretrained(model_args.model_name_or_path, **hub_options(model_args)), args)
     tell = partial(print, flush=True) if args.process_index == 0 else lambda *_: None
     datasets = data_args.train_datasets()
     names = ", ".join(dataset.name for dataset in datasets)
@@ -120,6 +89,10 @@ def train(
         processing_class=tokenizer,
         callbacks=[StopOnNonFiniteLoss()],
     )
+    trainer.card_datasets = [dataset.name for dataset in datasets if dataset.is_hub]
+    if not data_args.streaming:
+        of_each = (f"{Path(part.source.name).name}: {part.prepared}" for part in parts)
+        trainer.card_sections["Data"] = "\n".join(of_each)
     if data_args.compare and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ConversationError(
             "--compare needs the trained model whole, and FSDP or DeepSpeed have it spread over devices; leave it out, and run "
@@ -129,6 +102,7 @@ def train(
         if not whole:
             raise ConversationError("no conversation is whole, so none can be compared with N passes (--verify false)")
         report = _verify(trainer, tokenizer, whole[:2], options)  # two, so that packing is compared too
+        trainer.card_sections["Verified before training, on the first conversations"] = str(report)
         tell(f"before training, {names}:\n{report}")
         if not report:
             raise MismatchError(
@@ -136,6 +110,10 @@ def train(
                 "be wrong; nothing was trained. --verify false trains all the same"
             )
     trainer.train(resume_from_checkpoint=_checkpoint(args, tell))
+    tell(trainer.progress)
+    if evaluates and args.eval_strategy == "no":  # at least once
+        metrics = trainer.evaluate()
+        tell(f"evaluated at the end (eval_strategy is no): eval_loss {metrics['eval_loss']:.4f}")
     trainer.save_model()
     trainer.save_state()
     if data_args.streaming:
@@ -151,7 +129,9 @@ def train(
             # Accelerate leaves its autocast around the model's forward.
             trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
             report = verify(trained, tokenizer, compared, **options)
+            trainer.card_sections["Verified after training"] = str(report)
             print(f"after training, {', '.join(eval_names) or names}:\n{report}")
+        trainer.create_model_card()
         print(f"model: {folder}\nmask picture: {folder / 'mask.png'}\nloss curve: {folder / 'loss.png'}", flush=True)
         if data_args.compare and not report:
             raise MismatchError("the one-pass losses of the trained model are not those of N passes (table above)")
@@ -172,7 +152,7 @@ def prepare_datasets(
     if data_args.streaming:
         raise ConversationError("--streaming prepares nothing; leave it out, or train")
     conversations = first_conversations(data_args.train_datasets(), args.seed, data_args.max_samples)
-    options, template = _hub_options(model_args), template_args.options()
+    options, template = hub_options(model_args), template_args.options()
     tokenizer = load_tokenizer(model_args.model_name_or_path, conversations, **options)
     if template["chat_template"]:
         tokenizer.chat_template = template["chat_template"]
@@ -237,16 +217,6 @@ class MismatchError(RuntimeError):
     """One-pass losses are not those of N passes."""
 
 
-def first_conversations(
-    datasets: Sequence[DatasetArguments], seed: int = 0, count: int | None = None
-) -> Iterator[Conversation]:
-    """The first conversations of each dataset (all, without a count), read one after the other."""
-    for dataset in datasets:
-        for record in islice(open_dataset(dataset, seed).stream(), count):
-            origin, record = record()
-            yield read_conversation(record, origin, dataset.columns)
-
-
 def _whole(parts: Sequence[Part], count: int) -> list[Conversation]:
     """Conversations of which nothing is lost."""
     return list(islice(chain.from_iterable(part.whole() for part in parts), count))
@@ -258,67 +228,6 @@ def _check_embedded(largest: int, embedded: int) -> None:
             f"token id {largest} has no embedding, the model has {embedded}; is this its tokenizer? "
             "(resize_token_embeddings for added tokens)"
         )
-
-
-def load_model(args: ModelArguments, conversations: Iterable[dict]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM with tree attention and its tokenizer; with LoRA adapters around it if asked for."""
-    if args.model_name_or_path == TINY_MODEL:
-        tokenizer = load_tokenizer(TINY_MODEL, conversations)
-        model = demo.tiny_model(tokenizer)
-    else:
-        options = _hub_options(args)
-        tokenizer = load_tokenizer(args.model_name_or_path, conversations, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, dtype=args.dtype, attn_implementation=NAME, **options
-        )
-    check_config(model.config)
-    if args.use_peft:
-        from peft import LoraConfig, get_peft_model  # optional dependency
-
-        lora = LoraConfig(
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=args.lora_target_modules or "all-linear",
-            task_type="CAUSAL_LM",
-        )
-        model.enable_input_require_grads()  # gradient checkpointing needs an input that has one
-        model = get_peft_model(model, lora)
-    return model, tokenizer
-
-
-def _hub_options(args: ModelArguments) -> dict:
-    return {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-
-
-def load_tokenizer(name: str, conversations: Iterable[dict], **options) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or the hub; that of the tiny model is trained on the first conversations.
-
-    Raises:
-        OSError: telling a folder that does not exist from a hub that is not there.
-    """
-    if name == TINY_MODEL:
-        return demo.train_tokenizer(demo.texts(islice(conversations, 512)))
-    try:
-        return AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        if Path(name).exists():
-            raise OSError(f"{name}: holds no tokenizer: {' '.join(str(error).split())}") from error
-        raise OSError(f"{name}: there is no such folder, and loading it from the hub failed: {error}") from error
-
-
-def load_config(name: str, tokenizer: PreTrainedTokenizerBase, **options) -> PreTrainedConfig:
-    """The configuration of the model that a tokenizer belongs to.
-
-    Raises:
-        OSError: there is none beside the tokenizer. ValueError: it is unknown to transformers.
-    """
-    return demo.tiny_model(tokenizer).config if name == TINY_MODEL else AutoConfig.from_pretrained(name, **options)
-
-
-def load_data(name: str, split: str | None = None, seed: int = 0) -> list[Conversation]:
-    """Conversations of a file or hub dataset, or generated ones, of which the seed decides."""
-    return list(first_conversations([DatasetArguments(name, split=split)], seed))
 
 
 def draw_losses(log_history: list[dict], path: str | Path) -> None:

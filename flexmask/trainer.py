@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
@@ -18,14 +20,21 @@ from transformers import PreTrainedConfig, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from .arguments import OnePassTrainingArguments
+from .arguments import MAX_TOKENS, ModelArguments, OnePassTrainingArguments
 from .branches import backward_by_branches
-from .collator import empty_batch, target_weight
+from .card import write_card
+from .collator import OnePassCollator, empty_batch, target_weight
+from .data import build_trees, tree_maker
 from .integrations.transformers import NAME, check_config, check_in_parts
 from .integrations.ulysses import check_heads, share_row
+from .loading import TreeStream
 from .loss import tree_loss
 from .messages import ConversationError
-from .packing import Rows, RowStream
+from .models import load_model, with_adapter
+from .packing import Rows, RowStream, pack
+from .progress import COUNTS, Counting, Progress, flops
+from .sources import HubDataset
+from .tree import TokenTree
 
 
 class _Share(BatchSamplerShard):
@@ -92,23 +101,75 @@ class OnePassTrainer(Trainer):
     On any number of ranks every row is trained once in an epoch: a rank that has no row left while others have takes batches
     without weight. A training on a stream is resumed where it was, in whichever epoch, by as many processes and workers.
 
+    Beside the loss it logs sharing_ratio (tokens of passes over tokens of rows), padding (its share of places),
+    tokens_per_second of rows and pass_tokens_per_second, of all ranks and without the time of evaluation and saving;
+    peak_memory_gib of the first rank, of the process on a CPU; and mean_token_accuracy of at most `loss.OBSERVED` targets of
+    each row (not branch by branch, nor with a router's loss).
+
+    Args:
+        model: a causal LM loaded with attn_implementation="flexmask", with adapters around it or not; or the name of one.
+        args: OnePassTrainingArguments, or by default those of the folder "trainer_output".
+        data_collator: by default `OnePassCollator(processing_class, max_tokens=16384)`.
+        train_dataset: rows of `pack` or `pack_stream`; trees; or conversations, a list or a `datasets.Dataset` of records as
+            `build_trees` takes them. These are rendered here, with the options of the collator, and packed into rows of its
+            `max_tokens`, if it has any.
+        eval_dataset: likewise, or a dict of several.
+        processing_class: the tokenizer; by default that of the collator, or of the model's name.
+        peft_config: of the adapters to put around the model, `LoraConfig(…)`.
+        **options: of the Trainer.
+
     Raises:
-        ValueError: other arguments than OnePassTrainingArguments, a loss function of its own, or a model that is not
-            loaded with attn_implementation="flexmask".
+        ValueError: other arguments than OnePassTrainingArguments, a loss function of its own, a model that is not
+            loaded with attn_implementation="flexmask", or no tokenizer.
         NotImplementedError: an architecture that a tree would train wrongly.
+        ConversationError: a conversation cannot be used.
     """
 
-    def __init__(self, model, args: OnePassTrainingArguments, *others, **options):
+    def __init__(
+        self,
+        model: torch.nn.Module | str,
+        args: OnePassTrainingArguments | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *,
+        peft_config=None,
+        **options,
+    ):
+        args = OnePassTrainingArguments("trainer_output") if args is None else args
         if not isinstance(args, OnePassTrainingArguments) or options.get("compute_loss_func"):
             raise ValueError("OnePassTrainer takes OnePassTrainingArguments, and no compute_loss_func")
+        if isinstance(model, str):
+            model, tokenizer = load_model(ModelArguments(model), train_dataset)
+            processing_class = processing_class or tokenizer
         if model.config._attn_implementation != NAME:
             raise ValueError(
                 f'the model has attn_implementation="{model.config._attn_implementation}", expected "{NAME}"'
             )
         check_config(model.config)
         check_parts(model.config, args)
+        if peft_config is not None:
+            model = with_adapter(model, peft_config)
+        if data_collator is None and not (train_dataset is None and eval_dataset is None):
+            if processing_class is None:
+                raise ValueError("OnePassTrainer needs a tokenizer: processing_class, or a data_collator that has one")
+            data_collator = OnePassCollator(processing_class, MAX_TOKENS)
+        processing_class = processing_class or getattr(data_collator, "tokenizer", None)
+        tell = print if args.process_index == 0 else lambda *_: None
+        train_dataset = to_rows(train_dataset, data_collator, tell)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: to_rows(dataset, data_collator, tell) for name, dataset in eval_dataset.items()}
+        else:
+            eval_dataset = to_rows(eval_dataset, data_collator, tell)
+        if isinstance(data_collator, OnePassCollator):
+            data_collator = Counting(data_collator)
         self._row_group, size = None, args.sequence_parallel_size
-        super().__init__(model, args, *others, **options)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **options)
+        self.progress = Progress(model.config)
+        # Of the model card: names of hub datasets, and title -> text.
+        self.card_datasets: list[str] = []
+        self.card_sections: dict[str, str] = {}
         fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
         if args.tokens_in_memory is not None and (
             self.is_deepspeed_enabled or fsdp1
@@ -125,12 +186,52 @@ class OnePassTrainer(Trainer):
         self._sums: list[torch.Tensor] = []  # of an evaluation: (weighted loss, weight) of each row, float64
         self.model_accepts_loss_kwargs = True  # the loss below is divided by what _get_num_items_in_batch counts
 
+    def create_model_card(self, *_, **__) -> None:
+        """README.md in the output folder: data, losses, what was saved, and what is in `card_sections`."""
+        if not self.is_world_process_zero():
+            return
+        losses = {
+            name: entry[name] for entry in self.state.log_history for name in ("loss", "eval_loss") if name in entry
+        }
+        names = ("learning_rate", "num_train_epochs", "max_steps", "gradient_accumulation_steps", "seed")
+        options = [f"{name}: {getattr(self.args, name)}" for name in names]
+        reached = [
+            f"{self.state.global_step} steps, " + ", ".join(f"last {name} {of:.4f}" for name, of in losses.items())
+        ]
+        write_card(
+            Path(self.args.output_dir),
+            base_model=getattr(self.model.config, "_name_or_path", None) or None,
+            datasets=self.card_datasets,
+            adapters=hasattr(self.accelerator.unwrap_model(self.model), "peft_config"),
+            sections={"Training": "\n".join([*options, *reached, str(self.progress)])} | self.card_sections,
+        )
+
+    def _inner_training_loop(self, *args, **options):
+        self.progress.start()
+        return super()._inner_training_loop(*args, **options)
+
+    def _prepare_inputs(self, inputs):
+        return super()._prepare_inputs({name: x for name, x in inputs.items() if name != COUNTS})
+
+    def _save_checkpoint(self, *args, **options):
+        with self.progress.paused():
+            super()._save_checkpoint(*args, **options)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs |= self.progress.log(self.args.device, self._sum_over_rows)
+        super().log(logs, start_time)
+
+    def _sum_over_rows(self, counts: torch.Tensor) -> torch.Tensor:
+        """Over ranks, of which those that have a row together have counted the same."""
+        return self.accelerator.reduce(counts, "sum") // self.args.sequence_parallel_size
+
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
         in_order = getattr(self.args, "train_sampling_strategy", "random") != "random"  # older versions know no other
         if not isinstance(rows, Rows) or self._row_ranks == 1 or in_order:
             return super()._get_train_sampler(rows)
-        costs = _row_costs(self.model.config, rows)
+        costs = flops(self.model.config, rows.lengths, rows.visible_pairs)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LevelSampler(costs, self._row_ranks, seed)
 
@@ -170,6 +271,8 @@ class OnePassTrainer(Trainer):
             batches = list(islice(epoch_iterator, num_batches))
         except ConversationError as error:  # that of a worker has the traceback around it
             raise ConversationError(str(error).strip().rpartition("ConversationError: ")[2]) from error
+        for batch in batches:
+            self.progress.see(batch)
         if isinstance(self.train_dataset, Rows):
             self.state.stateful_callbacks[_POSITION] = self._shares()
         if isinstance(self.train_dataset, RowStream):
@@ -181,7 +284,8 @@ class OnePassTrainer(Trainer):
             is_over = not has_length(self.train_dataset)
         if not is_over:
             missing = num_batches - len(batches)
-            pad_to_multiple_of = getattr(self.data_collator, "pad_to_multiple_of", 1)
+            collator = getattr(self.data_collator, "collator", self.data_collator)
+            pad_to_multiple_of = getattr(collator, "pad_to_multiple_of", 1)
             batches += [empty_batch(pad_to_multiple_of) for _ in range(missing)]
         if self._row_group is not None:
             batches = [share_row(batch, self._row_group) for batch in batches]
@@ -262,7 +366,8 @@ class OnePassTrainer(Trainer):
             num_items_in_batch = target_weight(inputs).sum()  # of the row
             if self._row_group is not None:
                 inputs = share_row(inputs, self._row_group)
-        loss = tree_loss(model, inputs, num_items_in_batch)
+        observe = self.progress.observe if model.training else None
+        loss = tree_loss(model, inputs, num_items_in_batch, observe=observe)
         if not model.training:
             weight = num_items_in_batch.to(loss)
             row = torch.stack([loss.detach() * weight, weight / self.args.sequence_parallel_size])
@@ -282,7 +387,10 @@ class OnePassTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         self._sums = []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with self.progress.paused():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         if self._sums:
             loss, weight = torch.stack(self._sums).sum(0).tolist()
             output.metrics[f"{metric_key_prefix}_loss"] = loss / weight
@@ -296,13 +404,30 @@ _BY_INDEX = (
 )
 
 
-def _row_costs(config: PreTrainedConfig, rows: Rows) -> np.ndarray:
-    """What rows take, to tell which takes longer: in a layer of a common shape 24·hidden² FLOPs for a token (Kaplan et al., arXiv
-    2001.08361, table 1), 4·heads·head_dim for a visible pair; a backward twice and 2.5 times that."""
-    text = config.get_text_config(decoder=True)
-    hidden, heads = text.hidden_size, getattr(text, "num_attention_heads", 0) or 0
-    width = heads * (getattr(text, "head_dim", None) or hidden // max(heads, 1))
-    return 3 * 24.0 * hidden**2 * rows.lengths + 3.5 * 4.0 * width * rows.visible_pairs
+def to_rows(dataset, collator, tell: Callable[[object], object]):
+    """Conversations -> trees, packed if the collator says how many tokens a row has; what is no conversation, as it is.
+
+    Raises:
+        ConversationError: a conversation cannot be rendered, or is too long.
+        ValueError: a collator that is not flexmask's.
+    """
+    streams = isinstance(dataset, datasets.IterableDataset)
+    if not streams and (not isinstance(dataset, list | tuple | datasets.Dataset) or not len(dataset)):
+        return dataset
+    if not streams and (isinstance(dataset[0], TokenTree) or "subtree_end" in dataset[0]):
+        return dataset
+    if not isinstance(collator, OnePassCollator):
+        raise ValueError(
+            f"conversations need an OnePassCollator, which renders them; data_collator is {type(collator).__name__}"
+        )
+    limits = {"max_length": collator.max_length, "loss_reduction": collator.loss_reduction}
+    if streams:
+        maker = tree_maker(collator.tokenizer, **limits, **collator.template_options)
+        items = TreeStream(HubDataset("train_dataset", dataset), maker)
+        return RowStream(items, collator.max_tokens or MAX_TOKENS, make=operator.call)
+    prepared = build_trees(dataset, collator.tokenizer, **limits, **collator.template_options)
+    tell(prepared)
+    return prepared.trees if collator.max_tokens is None else pack(prepared.trees, collator.max_tokens)
 
 
 def check_parts(config: PreTrainedConfig, args: OnePassTrainingArguments) -> None:

@@ -258,6 +258,13 @@ def _take_gradients(model) -> dict[str, Tensor]:
 
 def _coarsest_dtype(model, logits_dtype: torch.dtype) -> torch.dtype:
     dtypes = {logits_dtype} | {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if getattr(inner_model(model), "is_quantized", False):
+        # bitsandbytes computes 4 bits in a dtype of its own. With 8 bits, as with most others, activations are rounded: by
+        # steps that a difference in float32 can cross, so that they are no finer than 16 bits.
+        of_layers = {
+            m.compute_dtype for m in model.modules() if isinstance(getattr(m, "compute_dtype", None), torch.dtype)
+        }
+        dtypes |= of_layers or {torch.float16}
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     if coarsest not in TOLERANCE:
         raise ValueError(f"the model has {coarsest} weights, and no tolerance is known but for {list(TOLERANCE)}")

@@ -8,8 +8,7 @@ from models import tiny
 from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import set_seed
 
-from flexmask import OnePassCollator, pack_stream
-from flexmask.train import OnePassTrainer, OnePassTrainingArguments
+from flexmask import OnePassCollator, OnePassTrainer, OnePassTrainingArguments, pack_stream
 
 
 class Recording(OnePassTrainer):

@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 
+from flexmask import OnePassTrainer
 from flexmask.cli import main
-from flexmask.train import OnePassTrainer
 
 save = OnePassTrainer._save_rng_state
 

@@ -12,10 +12,19 @@ from reference import conversation_passes, forest, random_parents
 from test_architectures import tiny as hybrids_and_others
 from test_transformers import Vocabulary, rows_of_unequal_size
 
-from flexmask import OnePassCollator, Pass, TokenTree, backward_by_branches, branches, loss, tree_loss
+from flexmask import (
+    OnePassCollator,
+    OnePassTrainer,
+    OnePassTrainingArguments,
+    Pass,
+    TokenTree,
+    backward_by_branches,
+    branches,
+    loss,
+    tree_loss,
+)
 from flexmask.branches import _common, plan
 from flexmask.collator import to_batch
-from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 
 
 def in_order(pieces, path=()):

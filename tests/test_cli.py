@@ -11,8 +11,9 @@ from test_verify import broken_attention, leaking
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 
 from flexmask import demo
+from flexmask.arguments import OnePassTrainingArguments
 from flexmask.cli import main
-from flexmask.train import OnePassTrainingArguments, StopOnNonFiniteLoss
+from flexmask.trainer import StopOnNonFiniteLoss
 
 TINY = ["--model_name_or_path", "flexmask/tiny-random"]
 FAST = [

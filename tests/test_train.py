@@ -17,9 +17,8 @@ from models import tiny
 from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import TrainingArguments
 
-from flexmask import ConversationError, OnePassCollator, pack_stream
+from flexmask import ConversationError, OnePassCollator, OnePassTrainer, OnePassTrainingArguments, pack_stream
 from flexmask.collator import empty_batch
-from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 from flexmask.trainer import LevelSampler
 
 

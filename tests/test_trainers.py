@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from flexmask import OnePassCollator, TokenTree, demo, pack
+from flexmask import OnePassCollator, OnePassTrainer, OnePassTrainingArguments, TokenTree, demo, pack
 from flexmask.data import build_trees
-from flexmask.train import OnePassTrainer, OnePassTrainingArguments
 
 CONVERSATIONS = demo.conversations(6)
 TOKENIZER = demo.train_tokenizer(demo.texts(CONVERSATIONS))
@@ -150,3 +149,109 @@ def test_what_a_label_per_position_cannot_hold():
     for tree, message in ((twice, "several targets"), (weighted, "targets have weights")):
         with pytest.raises(ValueError, match=message):
             OnePassCollator(TOKENIZER, target_per_position=True)([tree])
+
+
+# ----------------------------------------------------------------------------------------------------------- OnePassTrainer
+
+
+def one_pass(folder, data, model=None, **options):
+    arguments = OnePassTrainingArguments(
+        str(folder),
+        max_steps=2,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        learning_rate=1e-3,
+    )
+    trainer = OnePassTrainer(model or demo.tiny_model(TOKENIZER), arguments, train_dataset=data, **options)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "stream"])
+def test_one_pass_trainer_takes_conversations(tmp_path, kind):
+    """As users of SFTTrainer are used to: rendered, packed and told of; what comes out is what rows made ahead give."""
+    data = datasets.Dataset.from_list(CONVERSATIONS)
+    data = {"list": CONVERSATIONS, "dataset": data, "stream": data.to_iterable_dataset()}[kind]
+    found = one_pass(tmp_path, data, processing_class=TOKENIZER)
+    expected = one_pass(
+        tmp_path, pack(build_trees(CONVERSATIONS, TOKENIZER).trees, 16384), data_collator=OnePassCollator(TOKENIZER)
+    )
+    for ours, theirs in zip(found.state.log_history[:2], expected.state.log_history[:2], strict=True):
+        assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
+
+
+def test_one_pass_trainer_renders_as_its_collator_says(tmp_path, capsys):
+    collator = OnePassCollator(TOKENIZER, max_tokens=1500, loss_reduction="turn", train_on="last")
+    trainer = one_pass(tmp_path, CONVERSATIONS, data_collator=collator, eval_dataset=CONVERSATIONS[:2])
+    expected = pack(build_trees(CONVERSATIONS, TOKENIZER, loss_reduction="turn", train_on="last").trees, 1500)
+    assert trainer.train_dataset.lengths.tolist() == expected.lengths.tolist() and len(trainer.eval_dataset)
+    assert trainer.train_dataset[0].target_weight.tolist() == expected[0].target_weight.tolist()
+    assert "nobody reads these keys of the records: answers (6)" in capsys.readouterr().out
+
+
+def test_one_pass_trainer_takes_a_peft_config(tmp_path):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**LORA, r=4, use_dora=True, use_rslora=True, modules_to_save=["norm"])
+    trainer = one_pass(tmp_path, CONVERSATIONS, processing_class=TOKENIZER, peft_config=config)
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name or "modules_to_save" in name for name in trained)
+
+
+def test_one_pass_trainer_needs_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="needs a tokenizer: processing_class"):
+        one_pass(tmp_path, CONVERSATIONS)
+
+
+def test_tokens_beyond_the_embedding(tmp_path):
+    """The bug guarded: an index out of range deep inside the model, or on a GPU an assertion that ends the process."""
+    model = demo.tiny_model(TOKENIZER)
+    model.resize_token_embeddings(len(TOKENIZER) - 100)
+    with pytest.raises(ValueError, match=r"token id \d+ has no embedding, the model has"):
+        run(tmp_path, model=model)
+
+
+def test_what_is_logged(tmp_path):
+    """Counted again from the rows themselves."""
+    rows = pack(build_trees(CONVERSATIONS, TOKENIZER).trees, 1500)
+    arguments = OnePassTrainingArguments(
+        str(tmp_path), num_train_epochs=1, gradient_accumulation_steps=2, use_cpu=True, logging_steps=1, save_strategy="no",
+        disable_tqdm=True, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer = OnePassTrainer(
+        demo.tiny_model(TOKENIZER), arguments, train_dataset=rows, eval_dataset=rows,
+        data_collator=OnePassCollator(TOKENIZER),
+    )  # fmt: skip
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(0 <= entry["padding"] < 0.1 and entry["sharing_ratio"] > 1 for entry in logs)
+    assert all(entry["pass_tokens_per_second"] > entry["tokens_per_second"] > 0 for entry in logs)
+    assert all(0 <= entry["mean_token_accuracy"] <= 1 and entry["peak_memory_gib"] > 0.1 for entry in logs)
+    tokens, passes = sum(len(row) for row in rows), sum(int(row.pass_lengths.sum()) for row in rows)
+    text = str(trainer.progress)
+    assert text.startswith(
+        f"trained {passes:,} tokens of passes as {tokens:,} tokens of rows: {passes / tokens:.2f} times"
+    )
+
+
+def test_accuracy_is_that_of_the_model(tmp_path):
+    """Of a model that has learnt one row by heart, all; of all targets where there are few."""
+    rows = pack(build_trees(CONVERSATIONS[:1], TOKENIZER).trees, 4096)
+    seen = []
+    model = demo.tiny_model(TOKENIZER)
+    batch = OnePassCollator(TOKENIZER)([rows[0]])
+    from flexmask import loss, tree_loss
+
+    for chunk in (2**26, 7 * len(TOKENIZER)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loss, "CHUNK_LOGITS", chunk)
+            patch.setattr(loss, "OBSERVED", 5)
+            tree_loss(model, batch, observe=lambda *of: seen.append(of))
+    (logits, targets), (again, same) = seen
+    places = [int(x) for x in torch.linspace(0, len(rows[0].target_ids) - 1, 5)]
+    assert targets.tolist() == same.tolist() == rows[0].target_ids[places].tolist()
+    inputs = {name: x for name, x in batch.items() if "labels" not in name}
+    torch.testing.assert_close(logits, model(**inputs).logits[0, places].detach())
+    torch.testing.assert_close(again, logits)
+    assert not logits.requires_grad and not again.requires_grad

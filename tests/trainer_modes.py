@@ -14,8 +14,7 @@ from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from flexmask import OnePassCollator, loss
-from flexmask.train import OnePassTrainer, OnePassTrainingArguments
+from flexmask import OnePassCollator, OnePassTrainer, OnePassTrainingArguments, loss
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
 ZERO = {

@@ -104,7 +104,7 @@ def _attention_function(
     if "target_weight" in kwargs:
         raise ValueError(
             "the batch has target_weight, which the model's own loss would ignore; use flexmask.tree_loss(model, batch), "
-            "or flexmask.train.OnePassTrainer"
+            "or flexmask.OnePassTrainer"
         )
     window, positions = _check_layer(module, attention_mask, dropout, subtree_end, kwargs)
     mixers.note()
@@ -294,7 +294,13 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
         raise ValueError(
             "alora_invocation_tokens: PEFT looks for them in the whole row, where other passes have theirs; train LoRA without"
         )
-    embedding = model.get_input_embeddings()
+    embedding, ids = model.get_input_embeddings(), kwargs.get("input_ids")
+    embedded = getattr(embedding, "num_embeddings", None)
+    if ids is not None and embedded is not None and not is_tracing(ids) and (largest := int(ids.max())) >= embedded:
+        raise ValueError(
+            f"token id {largest} has no embedding, the model has {embedded}; is this its tokenizer? "
+            "(resize_token_embeddings for added tokens)"
+        )
     if model.training and getattr(embedding, "neftune_noise_alpha", None):
         raise ValueError(
             "neftune_noise_alpha: NEFTune scales its noise by the length of a sequence, and a row holds many; leave it out"

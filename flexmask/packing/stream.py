@@ -33,7 +33,7 @@ class RowStream(IterableDataset):
     """Rows packed from a stream. Every item of the stream is in exactly one row of an epoch: of several DataLoader workers,
     and of several ranks, each takes every n-th item and packs those.
 
-    Ranks then have different numbers of rows. `flexmask.train.OnePassTrainer` gives each its share (`for_rank`), and batches
+    Ranks then have different numbers of rows. `flexmask.OnePassTrainer` gives each its share (`for_rank`), and batches
     without weight to those that run out before the others. With the library's own Trainer leave `for_rank` alone: Accelerate
     gives each rank every n-th row, and the first rows again where the last ones do not suffice for all; and it needs
     `accelerator_config={"dispatch_batches": False}`, in one process too: its default joins the batches of all processes into

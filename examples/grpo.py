@@ -26,6 +26,8 @@ trainer = GRPOTrainer(
         "runs/grpo",
         num_generations=8,
         per_device_train_batch_size=8,  # whole groups: what is in another batch cannot be shared
+        gradient_accumulation_steps=2,
+        steps_per_generation=1,  # or TRL shuffles groups over the accumulated batches, and little is shared
         max_completion_length=32,
         max_steps=4,
         logging_steps=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import types
 
 import numpy as np
@@ -15,6 +16,8 @@ from .integrations.transformers import NAME, check_config, inner_model
 from .passes import Pass
 from .tree import TokenTree
 
+logger = logging.getLogger(__name__)
+
 
 def share_prefixes(model):
     """Make a model run what the sequences of a padded batch have in common once, and not once for each.
@@ -26,6 +29,9 @@ def share_prefixes(model):
 
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="flexmask")
         trainer = GRPOTrainer(flexmask.share_prefixes(model), …)
+
+    Only what is in the same batch is shared; the first one that is trained tells how much. TRL's GRPO with gradient accumulation
+    spreads a group over batches, but for `steps_per_generation=1`.
 
     Left alone are calls with a key/value cache (`generate`), with one sequence, and with a tree batch. The hidden state
     at a padding position, which is of no use in the padded batch either, is that of some token. A reference model of
@@ -78,6 +84,10 @@ def forward(base: PreTrainedModel, input_ids: Tensor | None = None, attention_ma
                 f"{name} asks for values of every layer, which exist for the tree only and not for the padded batch; "
                 f"set {name}=False, or do not use share_prefixes"
             )
+    if base.training and torch.is_grad_enabled() and not base.__dict__.get("told_sharing"):
+        base.told_sharing = True
+        run, asked = inputs["input_ids"].shape[1], input_ids.numel() if attention_mask is None else int(attention_mask.sum())
+        logger.warning("flexmask: the first batch runs %d tokens in place of %d (%.2f times fewer)", run, asked, asked / run)
     output = base.padded_forward(**begin(base, kwargs | inputs | {"return_dict": True}))
     return type(output)(last_hidden_state=output.last_hidden_state[0, places])
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -215,18 +216,30 @@ class InspectArguments:
     tokenizer: str = field(metadata={"help": "Hub name or folder of the tokenizer."})
     index: int = field(default=0, metadata={"help": "Which conversation of the file, counted from zero."})
     output: str = field(default="mask.png", metadata={"help": "Where to draw the mask."})
+    tokens: bool = field(
+        default=False, metadata={"help": "Print the tokens of every pass, those that are trained in colour."}
+    )
+    html: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write a page to look at: a table of all conversations, and from --index on some of them in full."
+        },
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "Of the page: the first conversations only."})
 
 
 def _inspect(argv: list[str]) -> int:
+    from datasets.utils import tqdm
+
     from .arguments import TemplateArguments
     from .cost import cost
-    from .inspect import draw_mask, inspect_passes
+    from .data import tree_maker
+    from .inspect import draw_mask, inspect_tree
     from .loading import first_conversations, open_dataset
-    from .messages import read_conversation
     from .models import load_config, load_tokenizer
-    from .passes import render_conversation
+    from .page import Shown, print_tokens, write_page
 
-    description = "Show what a conversation becomes, and draw its mask."
+    description = "Show what conversations become: figures, a picture of the mask, tokens, a page to look at."
     args, template_args, name = _parse(
         (InspectArguments, TemplateArguments), argv, positional="file", prog="flexmask inspect", description=description
     )
@@ -234,15 +247,24 @@ def _inspect(argv: list[str]) -> int:
     source = open_dataset(dataset)
     if not 0 <= args.index < len(source):
         raise ConversationError(f"--index is {args.index}, but {source.name} has {len(source)} conversations")
-    [(origin, record)] = source.read(args.index, args.index + 1)
-    conversation = read_conversation(record, origin, dataset.columns)
     tokenizer = load_tokenizer(args.tokenizer, first_conversations([dataset]))
-    passes = render_conversation(conversation, tokenizer, **template_args.options())
-    inspection = inspect_passes(passes)
-    draw_mask(inspection.tree, args.output)
-    print(f"{inspection}\nmask picture: {args.output}")
-    try:
-        print(f"\n{cost(inspection.tree, load_config(args.tokenizer, tokenizer))}")
-    except (OSError, ValueError, NotImplementedError) as error:
-        print(f"\nFLOPs are not counted: {' '.join(str(error).split())}")
+    maker = tree_maker(tokenizer, columns=dataset.columns, **template_args.options())
+
+    def cost_of(tree) -> str:
+        try:
+            return str(cost(tree, load_config(args.tokenizer, tokenizer)))
+        except (OSError, ValueError, NotImplementedError) as error:
+            return f"FLOPs are not counted: {' '.join(str(error).split())}"
+
+    [record] = source.read(args.index, args.index + 1)
+    shown = Shown.of(record, maker)
+    if args.tokens:
+        print_tokens(shown)
+    draw_mask(shown.tree, args.output)
+    print(f"{inspect_tree(shown.tree)}\nmask picture: {args.output}\n\n{cost_of(shown.tree)}")
+    if args.html:
+        total = min(len(source), args.max_samples or len(source))
+        bar = partial(tqdm, desc="conversations", total=total)
+        write_page(args.html, source, maker, cost_of, first=args.index, max_samples=args.max_samples, progress=bar)
+        print(f"page: {args.html}")
     return 0

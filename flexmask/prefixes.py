@@ -86,8 +86,13 @@ def forward(base: PreTrainedModel, input_ids: Tensor | None = None, attention_ma
             )
     if base.training and torch.is_grad_enabled() and not base.__dict__.get("told_sharing"):
         base.told_sharing = True
-        run, asked = inputs["input_ids"].shape[1], input_ids.numel() if attention_mask is None else int(attention_mask.sum())
-        logger.warning("flexmask: the first batch runs %d tokens in place of %d (%.2f times fewer)", run, asked, asked / run)
+        run, asked = (
+            inputs["input_ids"].shape[1],
+            input_ids.numel() if attention_mask is None else int(attention_mask.sum()),
+        )
+        logger.warning(
+            "flexmask: the first batch runs %d tokens in place of %d (%.2f times fewer)", run, asked, asked / run
+        )
     output = base.padded_forward(**begin(base, kwargs | inputs | {"return_dict": True}))
     return type(output)(last_hidden_state=output.last_hidden_state[0, places])
 

@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# OpenMP's threads spin while they wait, which on a busy machine takes the time of those that work (benchmarks/LOG.md).
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test kernels-check gpu-test gpu-bench lint clean
 
 # The stamp is remade when what is to be installed changes.

@@ -1,5 +1,8 @@
 import os
 
+# Read when torch is imported: OpenMP's threads spin while they wait, which a busy machine pays for (benchmarks/LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 # Two workers on two cores (make test): one thread each is faster than four threads that wait for each other.

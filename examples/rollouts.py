@@ -1,7 +1,7 @@
 """Rollouts of several turns, trained as one tree: a policy gradient with the log-probabilities of every turn.
 
-Each turn was sampled in a context of its own, without the reasoning of the turns before. So a rollout is several passes, and those
-of all rollouts of a prompt begin alike. The tokens are those that were sampled; nothing is rendered or tokenised again.
+Each turn was sampled in a context of its own, without the reasoning of the turns before. So a rollout is several passes, and
+those of all rollouts of a prompt begin alike. The tokens are those that were sampled; nothing is rendered or tokenised again.
 
 python examples/rollouts.py    # a tiny random model on generated conversations, on a CPU, in seconds
 """
@@ -44,8 +44,12 @@ for step in range(STEPS):
     tree = flexmask.TokenTree.from_passes([p for passes, _ in found for p in passes])
     logprobs = tree.per_pass(flexmask.tree_logprobs(model, tree))  # of the sampled tokens of each pass
     of_pass = [advantage for (passes, _), advantage in zip(found, advantages) for _ in passes]
-    loss = -torch.stack([advantage * of.sum() for advantage, of in zip(of_pass, logprobs)]).sum() / sum(map(len, logprobs))
+    loss = -torch.stack([advantage * of.sum() for advantage, of in zip(of_pass, logprobs)]).sum() / sum(
+        map(len, logprobs)
+    )
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step}: reward {rewards.mean():.2f}, {tree.pass_lengths.sum():,} tokens of passes as {len(tree):,} of a tree")
+    print(
+        f"step {step}: reward {rewards.mean():.2f}, {tree.pass_lengths.sum():,} tokens of passes as {len(tree):,} of a tree"
+    )

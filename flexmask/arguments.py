@@ -10,10 +10,10 @@ from pathlib import Path
 
 from huggingface_hub import whoami
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import get_reporting_integration_callbacks
 
 from .data import OVERLONG
-from .messages import COLUMNS, is_weight
+from .messages import COLUMNS, ConversationError, is_weight
 from .passes import EMPTY_REASONING, TRAIN_ON
 from .sources import SUFFIXES
 from .tree import LOSS_REDUCTIONS
@@ -366,42 +366,44 @@ class OnePassTrainingArguments(TrainingArguments):
         """What the Trainer would find missing only when the data has been prepared.
 
         Raises:
-            ValueError: naming the argument, and what to do.
+            ConversationError: naming the argument, and what to do.
         """
-        missing = [name for name in self.report_to if name not in get_available_reporting_integrations()]
-        if missing:
-            raise ValueError(
-                f"report_to names {', '.join(missing)}, which is not installed or not known; installed: "
-                f"{', '.join(get_available_reporting_integrations()) or 'none'}"
-            )
-        optimiser = str(getattr(self.optim, "value", self.optim))
-        for kind, library in (
-            ("bnb", "bitsandbytes"),
-            ("8bit", "bitsandbytes"),
-            ("apex", "apex"),
-            ("torchao", "torchao"),
-        ):
-            if kind in optimiser:
-                check_installed(f"optim {optimiser}", library)
+        from transformers import Trainer  # takes seconds to import
+
+        try:
+            for logger in get_reporting_integration_callbacks(self.report_to):
+                logger()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ConversationError(
+                f"report_to is {', '.join(self.report_to)}: {' '.join(str(error).split())}"
+            ) from error
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self)
+        except ImportError as error:
+            raise ConversationError(f"optim is {self.optim}: {' '.join(str(error).split())}") from error
+        except ValueError:
+            pass  # it wants to see the model first
         if self.use_liger_kernel and self.device.type == "cpu":
-            raise ValueError("use_liger_kernel needs a GPU: Liger's kernels are Triton's; leave it out")
+            raise ConversationError("use_liger_kernel needs a GPU: Liger's kernels are Triton's; leave it out")
         if self.use_liger_kernel:
             check_installed("use_liger_kernel", "liger_kernel")
         if self.fsdp and self.world_size == 1:
-            raise ValueError("fsdp needs several processes: start with torchrun --nproc_per_node N -m flexmask train …")
+            raise ConversationError(
+                "fsdp needs several processes: start with torchrun --nproc_per_node N -m flexmask train …"
+            )
         if self.push_to_hub and self.process_index == 0:
             try:
                 whoami(token=self.hub_token)
             except Exception as error:  # no network, no token, one that is refused: a kind of error for each
                 reason = " ".join(str(error).split())
-                raise ValueError(
+                raise ConversationError(
                     f"push_to_hub: the hub does not answer, or knows no user ({reason}); leave it out, or log in: hf auth login"
                 ) from error
 
 
 def check_installed(option: str, library: str) -> None:
     if importlib.util.find_spec(library) is None:
-        raise ValueError(f"{option} needs {library}, which is not installed: pip install {library}")
+        raise ConversationError(f"{option} needs {library}, which is not installed: pip install {library}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

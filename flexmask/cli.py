@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import yaml
@@ -114,12 +114,7 @@ def _train(argv: list[str]) -> int:
     from .train import train
 
     description = "Fine-tune a model on conversations. Below ours, the arguments of the Hugging Face Trainer."
-    parsed = _parse_training(argv, prog="flexmask train", description=description)
-    try:
-        parsed[-1].check_environment()
-    except ValueError as error:
-        raise ArgumentError(error) from error
-    train(*parsed)
+    train(*_parse_training(argv, prog="flexmask train", description=description))
     return 0
 
 
@@ -227,6 +222,10 @@ class InspectArguments:
     )
     max_samples: int | None = field(default=None, metadata={"help": "Of the page: the first conversations only."})
 
+    def __post_init__(self):
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples is {self.max_samples}, expected at least 1")
+
 
 def _inspect(argv: list[str]) -> int:
     from datasets.utils import tqdm
@@ -250,9 +249,11 @@ def _inspect(argv: list[str]) -> int:
     tokenizer = load_tokenizer(args.tokenizer, first_conversations([dataset]))
     maker = tree_maker(tokenizer, columns=dataset.columns, **template_args.options())
 
+    config = cache(partial(load_config, args.tokenizer, tokenizer))
+
     def cost_of(tree) -> str:
         try:
-            return str(cost(tree, load_config(args.tokenizer, tokenizer)))
+            return str(cost(tree, config()))
         except (OSError, ValueError, NotImplementedError) as error:
             return f"FLOPs are not counted: {' '.join(str(error).split())}"
 

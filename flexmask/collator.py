@@ -14,6 +14,11 @@ from .packing import join
 from .passes import Pass, render_conversation
 from .tree import LOSS_REDUCTIONS, TokenTree
 
+TARGET_PER_POSITION = (
+    "the batch has a label for every token (target_per_position), which is for trainers with a loss of their own; flexmask's "
+    "losses take that of OnePassCollator without it"
+)
+
 
 class OnePassCollator:
     """Joins examples into one row, pads it, and makes the batch. A `data_collator` for the Hugging Face Trainer.
@@ -155,7 +160,13 @@ def _with_target_per_position(row: TokenTree, **padding) -> dict[str, Tensor]:
 
 
 def target_weight(batch: Mapping[str, Tensor]) -> Tensor:
-    """The weights of the targets of a batch, float32 (M,)."""
+    """The weights of the targets of a batch, float32 (M,).
+
+    Raises:
+        ValueError: a batch with `target_per_position`.
+    """
+    if "logits_to_keep" not in batch:
+        raise ValueError(TARGET_PER_POSITION)
     weight = batch.get("target_weight")
     return torch.ones(batch["shift_labels"].shape[1]) if weight is None else weight[0]
 

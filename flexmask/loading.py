@@ -44,6 +44,11 @@ def load_data(name: str, split: str | None = None, seed: int = 0) -> list[Conver
     return list(first_conversations([DatasetArguments(name, split=split)], seed))
 
 
+def longest_pass(config: PreTrainedConfig, max_length: int | None) -> int | None:
+    """Tokens of a pass, at most: what is asked for, or what the model takes."""
+    return max_length or getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 @dataclass(frozen=True)
 class Part:
     """A prepared dataset, or some of its conversations.
@@ -101,7 +106,7 @@ class Loader:
         self.seed = seed
         self.progress = progress
         self.tell = tell
-        self.max_length = data_args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = longest_pass(config, data_args.max_length)
         self._maker = partial(
             tree_maker,
             tokenizer,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from .collator import target_weight, to_batch
+from .collator import TARGET_PER_POSITION, target_weight, to_batch
 from .integrations.output_layer import OutputLayer, run_with_losses
 from .integrations.transformers import inner_model
 from .tree import TokenTree
@@ -75,6 +75,7 @@ def target_losses(model, batch: Mapping[str, Tensor]) -> Tensor:
 
     Raises:
         TypeError: not a Hugging Face model, nor one around it.
+        ValueError: a batch with `target_per_position`.
         NotImplementedError: the model does not compute logits of just the targets; AdaLoRA is trained.
     """
     return _losses(model, batch, None)
@@ -89,43 +90,52 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None, observe: 
             "AdaLoRA adds a loss of its own to that of the model, which flexmask's losses are not; take the library's Trainer "
             "with OnePassCollator, or LoRA"
         )
+    if "logits_to_keep" not in batch:
+        raise ValueError(TARGET_PER_POSITION)
+    index, targets = batch["logits_to_keep"], batch["shift_labels"][0]
+    if weight is not None:  # of no weight are thoughts, where answers alone are trained
+        counted = weight.nonzero().flatten()
+        if not len(counted):  # something must go backward, and nothing is to be seen
+            counted, observe = torch.zeros(1, dtype=torch.int64), None
+        index, targets, weight = (x[counted.to(x.device)] for x in (index, targets, weight))
+    inputs = {name: x for name, x in batch.items() if name not in ("labels", "shift_labels", "target_weight")}
     device = next(model.parameters()).device
-    weight = None if weight is None else weight.to(device)
+    inputs |= {name: x.to(device) for name, x in inputs.items() if isinstance(x, Tensor)} | {
+        "logits_to_keep": index.to(device)
+    }
+    size = chunk_size(inner.config.get_text_config().vocab_size)
+    observed = torch.linspace(0, len(targets) - 1, min(len(targets), OBSERVED, size)).long()
 
-    def result(losses: Tensor) -> Tensor:
+    def summed(losses: Tensor) -> Tensor:
         return losses if weight is None else (losses * weight.to(losses)).sum()
 
-    inputs = {name: x for name, x in batch.items() if name not in ("labels", "target_weight")}
-    inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    targets = inputs.pop("shift_labels")[0]
-    size = chunk_size(inner.config.get_text_config().vocab_size)
-    observed = torch.linspace(0, len(targets) - 1, min(len(targets), OBSERVED, size), device=device).long()
-
+    # Where the output layer is need not be where the first parameters are (offloaded, several devices).
     def losses_of(layer: OutputLayer, states: Tensor) -> Tensor:
         """Of what the model gives to its output layer, (1, M, hidden)."""
         _check_count(inner, states, targets)
+        here = targets.to(states.device)
         if observe is not None:
             with torch.no_grad():
-                observe(layer.logits(states[:, observed])[0], targets[observed])
+                observe(layer.logits(states[:, observed])[0], here[observed])
         fused = _fused_losses(layer, states)
         if fused is not None:
-            loss = _weighted_sum(fused, states[0], targets, weight)
-            return result(fused(states[0], targets)) if loss is None else loss
+            loss = None if weight is None else _weighted_sum(fused, states[0], here, weight.to(states.device))
+            return summed(fused(states[0], here)) if loss is None else loss
 
         def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
             return _cross_entropy(layer.logits(states), targets)
 
-        chunks = zip(states.split(size, 1), targets.split(size), strict=True)
-        return result(torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]))
+        chunks = zip(states.split(size, 1), here.split(size), strict=True)
+        return summed(torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]))
 
-    losses = run_with_losses(model, inner, inputs, losses_of) if len(targets) > size else None
-    if losses is None:
-        logits = model(**inputs, use_cache=False).logits
-        _check_count(inner, logits, targets)
-        if observe is not None:
-            observe(logits[0, observed].detach(), targets[observed])
-        losses = result(_cross_entropy(logits, targets))
-    return losses
+    losses, logits = run_with_losses(model, inner, inputs, losses_of) if len(targets) > size else (None, None)
+    if losses is not None:
+        return losses
+    logits = model(**inputs, use_cache=False).logits if logits is None else logits
+    _check_count(inner, logits, targets)
+    if observe is not None:
+        observe(logits[0, observed].detach(), targets.to(logits.device)[observed])
+    return summed(_cross_entropy(logits, targets.to(logits.device)))
 
 
 def _check_count(inner, found: Tensor, targets: Tensor) -> None:
@@ -152,11 +162,9 @@ def _fused_losses(layer: OutputLayer, states: Tensor) -> Callable | None:
     return lambda states, targets, **how: library(states.to(weight.dtype), weight, targets, bias, **how)
 
 
-def _weighted_sum(fused: Callable, states: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor | None:
-    """Σ weight · loss by sums over targets of the same weight; None without weights, or with many different ones. (Each sum holds
-    a gradient of the output layer until the backward.)"""
-    if weight is None:
-        return None
+def _weighted_sum(fused: Callable, states: Tensor, targets: Tensor, weight: Tensor) -> Tensor | None:
+    """Σ weight · loss by sums over targets of the same weight; None with many different ones. (Each sum holds a gradient of the
+    output layer until the backward.)"""
     values = weight.unique().tolist()
     if len(values) > MOST_WEIGHTS:
         return None

@@ -43,7 +43,10 @@ def load_model(args: ModelArguments, conversations: Iterable[dict]) -> tuple[Pre
             args.model_name_or_path, dtype=args.dtype, attn_implementation=NAME, **options
         )
     check_config(model.config)
-    return (with_adapter(model, lora_config(args)) if args.use_peft else model), tokenizer
+    if args.use_peft:
+        # Adapters keep which model they are for.
+        model = with_adapter(model, lora_config(args), None if args.model_revision == "main" else args.model_revision)
+    return model, tokenizer
 
 
 def _quantisation(args: ModelArguments) -> BitsAndBytesConfig:
@@ -72,12 +75,12 @@ def lora_config(args: ModelArguments):
     )
 
 
-def with_adapter(model: PreTrainedModel, config):
-    """The model with an adapter of a `peft.PeftConfig` around it."""
+def with_adapter(model: PreTrainedModel, config, revision: str | None = None):
+    """The model, of a revision on the hub, with an adapter of a `peft.PeftConfig` around it."""
     from peft import get_peft_model
 
     model.enable_input_require_grads()  # gradient checkpointing needs an input that has one
-    return get_peft_model(model, config)
+    return get_peft_model(model, config, revision=revision)
 
 
 def hub_options(args: ModelArguments) -> dict:
@@ -126,9 +129,12 @@ def merge(adapter: str, output_dir: str | Path, dtype: str = "auto", trust_remot
     from peft import PeftConfig, PeftModel
 
     try:
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        config = PeftConfig.from_pretrained(adapter)
     except ValueError as error:
-        raise OSError(f"{adapter}: holds no adapter; without --use_peft training writes a plain model") from error
+        if Path(adapter).exists():
+            raise OSError(f"{adapter}: holds no adapter; without --use_peft training writes a plain model") from error
+        raise OSError(f"{adapter}: there is no such folder, and loading it from the hub failed: {error}") from error
+    base = config.base_model_name_or_path
     if base is None:
         raise OSError(
             f"{adapter}: does not say which model it was trained on (base_model_name_or_path in adapter_config.json)"
@@ -137,6 +143,7 @@ def merge(adapter: str, output_dir: str | Path, dtype: str = "auto", trust_remot
     if base == TINY_MODEL:
         model = demo.tiny_model(tokenizer)
     else:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=trust_remote_code)
+        options = {"revision": config.revision or "main", "trust_remote_code": trust_remote_code}
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

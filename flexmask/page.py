@@ -64,8 +64,14 @@ class Shown:
             pieces = token_texts(tree.input_ids[path].tolist(), tokenizer)
             for place, text in zip(path.tolist(), pieces):
                 texts[place] = text
-            kinds.append(_kinds(pieces, np.asarray(p.loss_mask, bool), conversation))
+            kinds.append(_kinds(pieces, weights_of(p) > 0, conversation))
         return cls(conversation, passes, tree, paths, texts, kinds, unseen_by_inference(tree, paths))
+
+
+def weights_of(p: Pass) -> np.ndarray:
+    """float32 (tokens,): what each token counts in the loss; 0 where it is not trained."""
+    of_token = np.ones(len(p.input_ids)) if p.token_weight is None else np.asarray(p.token_weight)
+    return np.where(p.loss_mask, np.float32(p.weight) * of_token, 0).astype(np.float32)
 
 
 def token_texts(ids: Sequence[int], tokenizer) -> list[str]:
@@ -152,8 +158,8 @@ def print_tokens(shown: Shown, console=None) -> None:
     coloured = [(f"{name}  ", styles[kind]) for kind, name in enumerate(KINDS)]
     legend = Text("⟦ ⟧ is trained") if plain else Text.assemble(*coloured)
     console.print(legend)
-    for number, (path, p, kinds) in enumerate(zip(shown.paths, shown.passes, shown.kinds), 1):
-        trained = int(np.count_nonzero(p.loss_mask))
+    for number, (path, kinds) in enumerate(zip(shown.paths, shown.kinds), 1):
+        trained = int(np.count_nonzero(kinds >= TRAINED))
         console.rule(f"pass {number} of {len(shown.passes)}: {len(path):,} tokens, {trained:,} trained", align="left")
         text = Text()
         for begin, stop in _runs_of_equal(kinds >= TRAINED if plain else kinds):
@@ -236,7 +242,7 @@ def write_page(
     others = [*range(first + 1, count), *range(min(first, count))]
     for index in [first, *others]:
         row = table[index] if index < count else {}
-        if index != first and ("error" in row or tokens + row["tokens"] > PAGE_TOKENS):
+        if index != first and not 0 < row.get("tokens", 0) <= PAGE_TOKENS - tokens:  # or it cannot be used
             continue
         [record] = source.read(index, index + 1)
         shown = Shown.of(record, maker)
@@ -260,13 +266,12 @@ def _conversation(shown: Shown) -> dict:
     tree, chains = shown.tree, Chains.of(shown.tree.subtree_end)
     passes = []
     for path, p, kinds, unseen in zip(shown.paths, shown.passes, shown.kinds, shown.unseen):
-        weight = np.float32(p.weight) * (np.ones(len(path)) if p.token_weight is None else np.asarray(p.token_weight))
-        weight = np.where(p.loss_mask, weight, 0)
+        weight = weights_of(p)
         passes.append(
             {
                 "runs": _ranges(path),
                 "kinds": "".join(map(str, kinds.tolist())),
-                "weights": None if (weight[np.asarray(p.loss_mask, bool)] == 1).all() else np.round(weight, 4).tolist(),
+                "weights": None if (weight[weight > 0] == 1).all() else np.round(weight.astype(float), 4).tolist(),
                 "unseen": [[at, _ranges(places)] for at, places in unseen],
             }
         )

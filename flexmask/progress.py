@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,6 +31,11 @@ class Counting:
     def __init__(self, collator: OnePassCollator):
         self.collator = collator
 
+    @staticmethod
+    def knows(collator) -> bool:
+        """Whether a collator's calls are `row` and `batch`, one after the other."""
+        return isinstance(collator, OnePassCollator) and type(collator).__call__ is OnePassCollator.__call__
+
     def __call__(self, examples: Sequence) -> dict[str, Tensor]:
         row = self.collator.row(examples)
         batch = self.collator.batch(row)
@@ -42,28 +47,28 @@ class Progress:
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
+        self.start()
+
+    def start(self) -> None:
+        """Of a training: what was done before does not count."""
         self._total = torch.zeros(5, dtype=torch.int64)
         self._seconds = 0.0
         self._restart()
 
     def _restart(self) -> None:
-        self._counts: list[Tensor] = []
-        self._hits: list[Tensor] = []
+        self._counts: Tensor | int = 0
+        self._hits: Tensor | int = 0
         self._targets, self._paused, self._since = 0, 0.0, time.perf_counter()
-
-    def start(self) -> None:
-        """Of a training: what was done before does not count."""
-        self._restart()
 
     def see(self, batch: dict) -> None:
         """Take the counts out of a batch."""
         counts = batch.pop(COUNTS, None)
         if counts is not None:
-            self._counts.append(counts[0])
+            self._counts = counts[0] + self._counts
 
     def observe(self, logits: Tensor, targets: Tensor) -> None:
         """Logits (n, vocabulary) of some targets (n,), see `tree_loss`."""
-        self._hits.append((logits.argmax(-1) == targets).sum())
+        self._hits = (logits.argmax(-1) == targets).sum() + self._hits
         self._targets += len(targets)
 
     @contextmanager
@@ -75,16 +80,19 @@ class Progress:
         finally:
             self._paused += time.perf_counter() - start
 
-    def log(self, device: torch.device, add_up) -> dict[str, float]:
+    def log(self, device: torch.device, add_up: Callable[[Tensor], Tensor], ranks_of_a_row: int) -> dict[str, float]:
         """Since the last log, of all ranks.
 
         Args:
             add_up: int64 (7,) -> the sum over ranks.
+            ranks_of_a_row: how many have counted the same row.
         """
-        zeros = torch.zeros(5, dtype=torch.int64, device=device)
-        counts = torch.stack([zeros, *(c.to(device) for c in self._counts)]).sum(0)
-        hits = torch.stack([zeros[0], *self._hits]).sum()
-        sums = add_up(torch.cat([counts, torch.stack([hits, zeros[0] + self._targets])])).cpu()
+        own = torch.zeros(7, dtype=torch.int64, device=device)
+        own[:5] += torch.as_tensor(self._counts, device=device)
+        own[5] += self._hits
+        own[6] += self._targets
+        sums = add_up(own).cpu()
+        sums[:5] //= ranks_of_a_row
         seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
         self._restart()
         self._total += sums[:5]

@@ -24,6 +24,7 @@ from .arguments import (
 from .collator import OnePassCollator
 from .data import Counts
 from .inspect import draw_mask
+from .integrations.transformers import check_embedded
 from .loading import Loader, Part, first_conversations
 from .messages import Conversation, ConversationError
 from .models import hub_options, load_config, load_model, load_tokenizer
@@ -67,16 +68,15 @@ def train(
     loader = Loader(
         data_args, tokenizer, options, model.config, seed=args.seed, progress=not args.disable_tqdm, tell=tell
     )
-    embedded = model.get_input_embeddings().num_embeddings
     if data_args.streaming:
-        _check_embedded(len(tokenizer) - 1, embedded)
+        check_embedded(model, len(tokenizer) - 1)
         rows, trees, whole = loader.stream()
         eval_parts = loader.eval()
     else:
         parts, eval_parts = loader.train_and_eval()
         trees, rows = loader.rows(parts)
         whole = _whole(parts, max(2, data_args.compare))
-        _check_embedded(max(part.prepared.largest_token for part in parts + eval_parts), embedded)
+        check_embedded(model, max(part.prepared.largest_token for part in parts + eval_parts))
     eval_rows = loader.rows(eval_parts)[1] if evaluates else None
     compared = (_whole(eval_parts, data_args.compare) if evaluates else whole)[: data_args.compare]
 
@@ -110,11 +110,11 @@ def train(
                 "be wrong; nothing was trained. --verify false trains all the same"
             )
     trainer.train(resume_from_checkpoint=_checkpoint(args, tell))
+    trainer.save_model()  # before anything else can fail
     tell(trainer.progress)
     if evaluates and args.eval_strategy == "no":  # at least once
         metrics = trainer.evaluate()
         tell(f"evaluated at the end (eval_strategy is no): eval_loss {metrics['eval_loss']:.4f}")
-    trainer.save_model()
     trainer.save_state()
     if data_args.streaming:
         is_first = args.process_index % args.sequence_parallel_size == 0  # of those that have rows together
@@ -133,8 +133,10 @@ def train(
             print(f"after training, {', '.join(eval_names) or names}:\n{report}")
         trainer.create_model_card()
         print(f"model: {folder}\nmask picture: {folder / 'mask.png'}\nloss curve: {folder / 'loss.png'}", flush=True)
-        if data_args.compare and not report:
-            raise MismatchError("the one-pass losses of the trained model are not those of N passes (table above)")
+    if args.push_to_hub:
+        trainer.push_to_hub()  # with the card as it is now
+    if trainer.is_world_process_zero() and data_args.compare and not report:
+        raise MismatchError("the one-pass losses of the trained model are not those of N passes (table above)")
     return trainer
 
 
@@ -220,14 +222,6 @@ class MismatchError(RuntimeError):
 def _whole(parts: Sequence[Part], count: int) -> list[Conversation]:
     """Conversations of which nothing is lost."""
     return list(islice(chain.from_iterable(part.whole() for part in parts), count))
-
-
-def _check_embedded(largest: int, embedded: int) -> None:
-    if largest >= embedded:
-        raise ConversationError(
-            f"token id {largest} has no embedding, the model has {embedded}; is this its tokenizer? "
-            "(resize_token_embeddings for added tokens)"
-        )
 
 
 def draw_losses(log_history: list[dict], path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import operator
@@ -27,7 +28,7 @@ from .collator import OnePassCollator, empty_batch, target_weight
 from .data import build_trees, tree_maker
 from .integrations.transformers import NAME, check_config, check_in_parts
 from .integrations.ulysses import check_heads, share_row
-from .loading import TreeStream
+from .loading import TreeStream, longest_pass
 from .loss import tree_loss
 from .messages import ConversationError
 from .models import load_model, with_adapter
@@ -155,14 +156,19 @@ class OnePassTrainer(Trainer):
             if processing_class is None:
                 raise ValueError("OnePassTrainer needs a tokenizer: processing_class, or a data_collator that has one")
             data_collator = OnePassCollator(processing_class, MAX_TOKENS)
+        if getattr(data_collator, "target_per_position", False):
+            raise ValueError(
+                "target_per_position is for trainers with a loss of their own; leave it out of the data_collator"
+            )
         processing_class = processing_class or getattr(data_collator, "tokenizer", None)
         tell = print if args.process_index == 0 else lambda *_: None
-        train_dataset = to_rows(train_dataset, data_collator, tell)
+        made = functools.partial(to_rows, collator=data_collator, config=model.config, tell=tell)
+        train_dataset = made(train_dataset, streams=True)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: to_rows(dataset, data_collator, tell) for name, dataset in eval_dataset.items()}
+            eval_dataset = {name: made(dataset) for name, dataset in eval_dataset.items()}
         else:
-            eval_dataset = to_rows(eval_dataset, data_collator, tell)
-        if isinstance(data_collator, OnePassCollator):
+            eval_dataset = made(eval_dataset)
+        if Counting.knows(data_collator):
             data_collator = Counting(data_collator)
         self._row_group, size = None, args.sequence_parallel_size
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **options)
@@ -208,7 +214,9 @@ class OnePassTrainer(Trainer):
 
     def _inner_training_loop(self, *args, **options):
         self.progress.start()
-        return super()._inner_training_loop(*args, **options)
+        output = super()._inner_training_loop(*args, **options)
+        self._log_progress()  # of the steps after the last log
+        return output
 
     def _prepare_inputs(self, inputs):
         return super()._prepare_inputs({name: x for name, x in inputs.items() if name != COUNTS})
@@ -219,12 +227,12 @@ class OnePassTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs |= self.progress.log(self.args.device, self._sum_over_rows)
+            logs |= self._log_progress()
         super().log(logs, start_time)
 
-    def _sum_over_rows(self, counts: torch.Tensor) -> torch.Tensor:
-        """Over ranks, of which those that have a row together have counted the same."""
-        return self.accelerator.reduce(counts, "sum") // self.args.sequence_parallel_size
+    def _log_progress(self) -> dict[str, float]:
+        add_up = functools.partial(self.accelerator.reduce, reduction="sum")
+        return self.progress.log(self.args.device, add_up, self.args.sequence_parallel_size)
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -404,28 +412,39 @@ _BY_INDEX = (
 )
 
 
-def to_rows(dataset, collator, tell: Callable[[object], object]):
+def to_rows(dataset, *, collator, config: PreTrainedConfig, tell: Callable[[object], object], streams: bool = False):
     """Conversations -> trees, packed if the collator says how many tokens a row has; what is no conversation, as it is.
+
+    Args:
+        collator: with the options of rendering.
+        config: of the model, which tells how long a pass may be where the collator does not.
+        tell: called with what became of them.
+        streams: leave an iterable dataset one, which is read while training. Otherwise it is read to its end.
 
     Raises:
         ConversationError: a conversation cannot be rendered, or is too long.
         ValueError: a collator that is not flexmask's.
     """
-    streams = isinstance(dataset, datasets.IterableDataset)
-    if not streams and (not isinstance(dataset, list | tuple | datasets.Dataset) or not len(dataset)):
+    is_stream = isinstance(dataset, datasets.IterableDataset)
+    if not is_stream and (not isinstance(dataset, list | tuple | datasets.Dataset) or not len(dataset)):
         return dataset
-    if not streams and (isinstance(dataset[0], TokenTree) or "subtree_end" in dataset[0]):
+    if not is_stream and (isinstance(dataset[0], TokenTree) or "subtree_end" in dataset[0]):
         return dataset
     if not isinstance(collator, OnePassCollator):
         raise ValueError(
             f"conversations need an OnePassCollator, which renders them; data_collator is {type(collator).__name__}"
         )
-    limits = {"max_length": collator.max_length, "loss_reduction": collator.loss_reduction}
-    if streams:
-        maker = tree_maker(collator.tokenizer, **limits, **collator.template_options)
-        items = TreeStream(HubDataset("train_dataset", dataset), maker)
-        return RowStream(items, collator.max_tokens or MAX_TOKENS, make=operator.call)
-    prepared = build_trees(dataset, collator.tokenizer, **limits, **collator.template_options)
+    options = {
+        "max_length": longest_pass(config, collator.max_length),
+        "max_tokens": collator.max_tokens,
+        "loss_reduction": collator.loss_reduction,
+        **collator.template_options,
+    }
+    if is_stream and streams:
+        max_tokens = collator.max_tokens or MAX_TOKENS
+        maker = tree_maker(collator.tokenizer, **options | {"max_tokens": max_tokens})
+        return RowStream(TreeStream(HubDataset("train_dataset", dataset), maker), max_tokens, make=operator.call)
+    prepared = build_trees(list(dataset) if is_stream else dataset, collator.tokenizer, **options)
     tell(prepared)
     return prepared.trees if collator.max_tokens is None else pack(prepared.trees, collator.max_tokens)
 

@@ -422,9 +422,9 @@ def test_a_tree_may_be_larger_than_a_row_but_a_pass_may_not():
     assert kept.dropped == sum(tree.max_length == longest for tree in trees) and "LOST" in str(kept)
 
 
-def test_the_lines_in_the_readme_are_conversations(tmp_path):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (tmp_path / "data.jsonl").write_text(readme.split("```json\n")[1].split("```")[0])
+def test_the_lines_in_the_docs_are_conversations(tmp_path):
+    page = (Path(__file__).parent.parent / "docs/data.md").read_text()
+    (tmp_path / "data.jsonl").write_text(page.split("```json\n")[1].split("```")[0])
     prepared = build_trees(load_conversations(str(tmp_path / "data.jsonl")), template_tokenizer("qwen3"))
     assert [tree.num_passes for tree in prepared.trees] == [2, 2]
 

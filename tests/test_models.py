@@ -103,7 +103,7 @@ def test_quantised_models_are_verified(folder, flags, dtype):
         (["--load_in_4bit", "true", "--bnb_4bit_quant_type", "int4"], "expected one of nf4, fp4"),
         (["--use_liger_kernel", "true"], "use_liger_kernel needs a GPU"),
         (["--fsdp", "true"], "fsdp needs several processes"),
-        (["--report_to", "no_such_logger"], "report_to names no_such_logger, which is not installed or not known"),
+        (["--report_to", "no_such_logger"], "report_to is no_such_logger: no_such_logger is not supported"),
         (["--neftune_noise_alpha", 5], "NEFTune scales its noise by the length of a sequence"),
     ],
 )  # fmt: skip
@@ -119,7 +119,6 @@ def test_what_cannot_be_is_told_first(tmp_path, monkeypatch, capsys, flags, text
     "library, flags",
     [
         ("peft", ["--use_peft", "true"]),
-        ("bitsandbytes", ["--optim", "adamw_bnb_8bit"]),
         ("bitsandbytes", ["--load_in_4bit", "true", "--use_peft", "true", "--model_name_or_path", "some/model"]),
     ],
 )  # fmt: skip
@@ -130,6 +129,21 @@ def test_missing_libraries_are_told_first(tmp_path, monkeypatch, capsys, library
     )
     assert train(tmp_path, *flags) == 2
     assert f"needs {library}, which is not installed: pip install {library}" in capsys.readouterr().err
+
+
+def test_a_missing_optimiser_is_told_first(tmp_path, monkeypatch, capsys):
+    def missing(args, model=None):
+        raise ImportError("You need to install\n`bitsandbytes`")
+
+    monkeypatch.setattr("transformers.Trainer.get_optimizer_cls_and_kwargs", missing)
+    assert train(tmp_path, "--optim", "adamw_bnb_8bit") == 2
+    assert "optim is OptimizerNames.ADAMW_BNB: You need to install `bitsandbytes`" in capsys.readouterr().err
+
+
+def test_adapters_keep_the_revision_of_their_model(folder):
+    """The bug guarded: `flexmask merge` took the weights of another."""
+    model, _ = load_model(ModelArguments(folder, model_revision="v2", use_peft=True), ())
+    assert model.peft_config["default"].revision == "v2"
 
 
 def test_no_hub_is_told_first(tmp_path, monkeypatch, capsys):

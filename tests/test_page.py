@@ -87,6 +87,24 @@ def test_a_repeated_end_token_inside_a_turn():
     assert len(texts) == 2 and "first" in texts[0] and "second" in texts[1]
 
 
+def test_of_no_weight_is_not_trained():
+    """Thoughts, where answers alone are."""
+    one = shown(of_turns(2), tree_maker(TOKENIZER, reasoning_weight=0.0))
+    for path, kinds in zip(one.paths, one.kinds, strict=True):
+        text = "".join(one.texts[place] for place, kind in zip(path, kinds, strict=True) if kind >= TRAINED)
+        assert text.endswith("<|im_end|>") and "<think>" not in text and "</think>" not in text.strip()
+
+
+def test_a_conversation_with_nothing_to_train_is_in_the_table(tmp_path):
+    """The bug guarded: one of them ended the page."""
+    thinks = [{"role": "user", "content": "1?"}, {"role": "assistant", "reasoning_content": "One.", "content": "1"}]
+    plain = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "2"}]
+    maker = tree_maker(with_template("qwen3"), train_on="last", empty_reasoning="drop")
+    write_page(tmp_path / "page.html", InMemory("data", [{"messages": thinks}, {"messages": plain}]), maker)
+    data = data_of(tmp_path / "page.html")
+    assert [row["tokens"] for row in data["table"]][1] == 0 and [one["index"] for one in data["conversations"]] == [0]
+
+
 @pytest.mark.parametrize("coloured", [True, False])
 def test_tokens_in_the_terminal(coloured):
     one, out = shown(of_turns(2)), io.StringIO()

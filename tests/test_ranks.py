@@ -89,16 +89,19 @@ def of_modes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_one(tmp_path_factory):
+    """By rows in a random order, and by a stream of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Vocabulary, "save_pretrained", lambda *_, **__: None, raising=False)
-        return train(tmp_path_factory.mktemp("one"), "ddp", ranks=1)
+        return {mode: train(tmp_path_factory.mktemp("one"), mode, ranks=1) for mode in ("ddp", "streamed")}
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_trainer_in_every_mode(of_modes, of_one, mode, resumed):
     """Two steps on rows of unequal size, and the second of them again from what was saved after the first."""
-    found = of_modes[mode, resumed]
+    found, of_one = of_modes[mode, resumed], of_one["streamed" if mode.endswith("streamed") else "ddp"]
+    if resumed:
+        assert found["evaluated"] == pytest.approx(of_one["evaluated"], rel=1e-6)
     assert found["wrapped"] == WRAPPERS[mode.partition(",")[0]]
     if mode.endswith(("logits in chunks", "fused loss")):
         assert found["logits"] <= CHUNK

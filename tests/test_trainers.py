@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from flexmask import OnePassCollator, OnePassTrainer, OnePassTrainingArguments, TokenTree, demo, pack
+from flexmask import ConversationError, OnePassCollator, OnePassTrainer, OnePassTrainingArguments, TokenTree, demo, pack
 from flexmask.data import build_trees
 
 CONVERSATIONS = demo.conversations(6)
@@ -255,3 +255,57 @@ def test_accuracy_is_that_of_the_model(tmp_path):
     torch.testing.assert_close(logits, model(**inputs).logits[0, places].detach())
     torch.testing.assert_close(again, logits)
     assert not logits.requires_grad and not again.requires_grad
+
+
+def test_a_label_per_token_is_not_for_flexmasks_losses(tmp_path):
+    """The bug guarded: the loss was divided by the tokens of the row, padding included."""
+    collator = OnePassCollator(TOKENIZER, target_per_position=True)
+    with pytest.raises(ValueError, match="target_per_position is for trainers with a loss of their own"):
+        one_pass(tmp_path, CONVERSATIONS, data_collator=collator)
+    from flexmask import tree_logprobs, tree_loss
+
+    for function in (tree_loss, tree_logprobs):
+        with pytest.raises(ValueError, match="a label for every token"):
+            function(demo.tiny_model(TOKENIZER), collator(CONVERSATIONS[:1]))
+
+
+def test_a_collator_of_ones_own_is_called(tmp_path):
+    """The bug guarded: what a subclass does in its calls was left out."""
+    calls = []
+
+    class Own(OnePassCollator):
+        def __call__(self, examples):
+            calls.append(len(examples))
+            return super().__call__(examples)
+
+    trainer = one_pass(tmp_path, CONVERSATIONS, data_collator=Own(TOKENIZER))
+    assert set(calls) == {1} and "nothing was counted" in str(trainer.progress)
+
+
+def test_workers_count_too_and_the_last_steps_count(tmp_path):
+    """The bug guarded: of fewer steps than are logged nothing was told."""
+    rows = pack(build_trees(CONVERSATIONS, TOKENIZER).trees, 1500)
+    arguments = OnePassTrainingArguments(
+        str(tmp_path), num_train_epochs=1, logging_steps=99, dataloader_num_workers=2, use_cpu=True, save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = OnePassTrainer(
+        demo.tiny_model(TOKENIZER), arguments, train_dataset=rows, data_collator=OnePassCollator(TOKENIZER)
+    )
+    trainer.train()
+    assert f"as {sum(len(row) for row in rows):,} tokens of rows" in str(trainer.progress)
+
+
+def test_a_pass_that_the_model_does_not_take(tmp_path):
+    model = demo.tiny_model(TOKENIZER)
+    model.config.max_position_embeddings = 200
+    with pytest.raises(ConversationError, match=r"conversation 0: .*max_length"):
+        one_pass(tmp_path, CONVERSATIONS, model, processing_class=TOKENIZER)
+
+
+def test_a_stream_to_evaluate_is_read_to_its_end(tmp_path):
+    stream = datasets.Dataset.from_list(CONVERSATIONS[:3]).to_iterable_dataset()
+    trainer = one_pass(tmp_path, CONVERSATIONS, processing_class=TOKENIZER, eval_dataset=stream)
+    assert sum(len(row.pass_end) for row in trainer.eval_dataset) == sum(
+        len(c["messages"]) // 2 for c in CONVERSATIONS[:3]
+    )

@@ -14,7 +14,7 @@ from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from flexmask import OnePassCollator, OnePassTrainer, OnePassTrainingArguments, loss
+from flexmask import OnePassCollator, OnePassTrainer, OnePassTrainingArguments, loss, pack_stream
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
 ZERO = {
@@ -27,6 +27,7 @@ MODES = {
     "ddp": {},
     "ddp, branch by branch": {"tokens_in_memory": 0},
     "ddp, a row on both": {"sequence_parallel_size": 2},
+    "ddp, a row on both, streamed": {"sequence_parallel_size": 2},
     "fsdp2": FSDP2,
     "fsdp2, branch by branch": FSDP2 | {"tokens_in_memory": 0},
     "fsdp2, a row on both": FSDP2 | {"sequence_parallel_size": 2},
@@ -75,13 +76,15 @@ def train(folder: Path, mode: str, ranks: int, resume: bool = False) -> dict:
     )  # fmt: skip
     if arguments.fsdp:  # on a CPU Accelerate runs DDP in its place, unless it is told that there are GPUs
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = OnePassTrainer(
-        model, arguments, train_dataset=rows_of_unequal_size("turn"), data_collator=OnePassCollator(Vocabulary())
-    )
+    rows = rows_of_unequal_size("turn")
+    streamed = pack_stream(rows, max(map(len, rows)), buffer_size=1) if mode.endswith("streamed") else rows
+    trainer = OnePassTrainer(model, arguments, train_dataset=streamed, data_collator=OnePassCollator(Vocabulary()))
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if resume else None)
     trainer.save_model(str(folder / "final"))
     history = trainer.state.log_history
     found = {name: {e["step"]: float(e[name]) for e in history if name in e} for name in ("loss", "grad_norm")}
+    if resume or ranks == 1:
+        found["evaluated"] = trainer.evaluate(rows)["eval_loss"], trainer.predict(rows).metrics["test_loss"]
     weights = load_file(folder / "final" / "model.safetensors") if trainer.is_world_process_zero() else None
     return found | {"weights": weights, "wrapped": type(trainer.model_wrapped).__name__, "logits": max(most, default=0)}
 

@@ -25,16 +25,16 @@ class OutputLayer:
     def __init__(self, inner: PreTrainedModel, head: torch.nn.Module, inputs: Mapping[str, Tensor]):
         self._inner, self._head, self._inputs = inner, head, inputs
         # What gave the states, and all that it gave beside them. (That is `inner.base_model`, but not of OPT.)
-        self._body: tuple[PreTrainedModel, ModelOutput] | None = None
-        self._is_spread = _is_spread(head)
+        self.body: tuple[PreTrainedModel, ModelOutput] | None = None
+        self.is_spread = _is_spread(head)
         # Chunks of one that is spread go around its hooks, which are those of the one call that all of them are in.
-        self._call = head.forward if self._is_spread else head
+        self.call = head.forward if self.is_spread else head
         is_linear = type(head).forward is torch.nn.Linear.forward and "forward" not in head.__dict__
-        self._is_linear = is_linear and (self._is_spread or not (head._forward_hooks or head._forward_pre_hooks))
+        self._is_linear = is_linear and (self.is_spread or not (head._forward_hooks or head._forward_pre_hooks))
 
     def logits(self, states: Tensor) -> Tensor:
         """The model's logits (1, n, vocabulary) of what it gave to the layer (1, n, hidden)."""
-        return self._finished(self._call(states))
+        return self.finished(self.call(states))
 
     def linear(self, states: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """(weight, bias) in the dtype of logits (that of autocast, too, wherever it was switched on); None if the model's logits
@@ -47,14 +47,15 @@ class OutputLayer:
         if weight is None or isinstance(weight, DTensor) or not weight.numel():
             return None
         with torch.no_grad():  # is there anything after the layer? Zeros would not tell.
-            logits = self._call(states[:, -1:])
-            if not logits.any() or not torch.equal(self._finished(logits).to(logits.dtype), logits):
+            logits = self.call(states[:, -1:])
+            finished = self.finished(logits.clone())
+            if not logits.any() or not torch.equal(finished, logits.to(finished.dtype)):
                 return None
         return weight.to(logits.dtype), None if bias is None else bias.to(logits.dtype)
 
-    def _finished(self, logits: Tensor) -> Tensor:
-        """What the model makes of the layer's logits: its forward, in which nothing else runs."""
-        body, output = self._body
+    def finished(self, logits: Tensor) -> Tensor:
+        """What the model makes of the layer's logits (1, n, any number): its forward, in which nothing else runs."""
+        body, output = self.body
         nothing = logits.new_zeros(*logits.shape[:2], output.last_hidden_state.shape[-1])
         output = type(output)(**{**output, "last_hidden_state": nothing})
         inputs = {**self._inputs, "subtree_end": None, "logits_to_keep": 0, "use_cache": False}
@@ -69,7 +70,7 @@ def run_with_losses(
     inner: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     losses: Callable[[OutputLayer, Tensor], Tensor],
-) -> Tensor | None:
+) -> tuple[Tensor | None, Tensor | None]:
     """Run a model with other numbers in the place of its logits.
 
     Args:
@@ -80,41 +81,51 @@ def run_with_losses(
             shape.
 
     Returns:
-        What `losses` gave, with a backward through whatever is around the model. None, and nothing has run, if the model has no
-        output layer that can be called in this way.
+        What `losses` gave, with a backward through whatever is around the model; or the model's logits, if it has not called its
+        output layer as others do; or neither, and nothing has run, if it is clear before that it cannot.
 
     Raises:
-        RuntimeError: the model did not call the layer, or not once.
+        RuntimeError: the model called the layer several times, or something around it changes logits.
     """
     head = inner.get_output_embeddings()
-    if head is None or not _takes_chunks(head) or _place(head, inner) is None:
-        return None
+    parts = (m for m in inner.modules() if isinstance(m, PreTrainedModel))
+    bodies = [m for m in dict.fromkeys((*parts, inner.base_model)) if m is not inner]
+    if head is None or not bodies or not _takes_chunks(head) or _place(head, inner) is None:
+        return None, None
     layer, detour = OutputLayer(inner, head, inputs), _Detour()
 
     def keep(module, args, output):  # the last one to end is the outermost
-        layer._body = module, output
+        if isinstance(output, ModelOutput) and "last_hidden_state" in output:
+            layer.body = module, output
 
     @torch.compiler.disable
     def call(states: Tensor) -> Tensor:
+        if layer.body is None:
+            return layer.call(states)
         if detour.value is not None:
             raise RuntimeError(
                 f"{type(inner).__name__} calls its output layer several times in a forward, expected once"
             )
-        return detour.enter(losses(layer, states))
+        value = losses(layer, states)
+        with torch.no_grad():
+            detour.expected = layer.finished(value.new_ones(1, 1, 1))
+        return detour.enter(value)
 
-    bodies = [m for m in inner.modules() if isinstance(m, PreTrainedModel) and m is not inner]
     hooks = [body.register_forward_hook(keep) for body in bodies]
     try:
-        with _forward_of(head, call) if layer._is_spread else _in_place_of(head, inner, call):
+        with _forward_of(head, call) if layer.is_spread else _in_place_of(head, inner, call):
             output = model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     if detour.value is None:
+        return None, output.logits
+    if not torch.allclose(output.logits, detour.expected.to(output.logits), rtol=1e-2):  # some wrappers round
         raise RuntimeError(
-            f"{type(inner).__name__} does not call its output layer, a {type(head).__name__}, in a forward"
+            f"something around {type(inner).__name__} changes its logits (a forward hook, a forward of its own), which a loss in "
+            "their place does not see; take it away"
         )
-    return detour.leave(output.logits)
+    return detour.leave(output.logits), None
 
 
 def _is_spread(head: torch.nn.Module) -> bool:
@@ -147,6 +158,12 @@ class _StandIn(torch.nn.Module):
     """Kept with the layer that it stands in for: a compiled model would be compiled anew for another one."""
 
     run: Callable[[Tensor], Tensor] | None = None
+    head: Callable[[], torch.nn.Module | None] = staticmethod(lambda: None)  # a weak reference
+
+    def __getattr__(self, name: str):
+        """What a model asks its output layer for, beside calling it: `lm_head.weight.dtype`."""
+        head = self.head()
+        return getattr(head, name) if head is not None else super().__getattr__(name)
 
     @torch.compiler.disable
     def forward(self, states: Tensor) -> Tensor:
@@ -159,7 +176,10 @@ _STAND_INS: weakref.WeakKeyDictionary[torch.nn.Module, _StandIn] = weakref.WeakK
 @contextmanager
 def _in_place_of(head: torch.nn.Module, inner: torch.nn.Module, run: Callable[[Tensor], Tensor]):
     """The model calls this in place of its output layer."""
-    stand_in = _STAND_INS.setdefault(head, _StandIn())
+    stand_in = _STAND_INS.get(head)
+    if stand_in is None:
+        stand_in = _STAND_INS[head] = _StandIn()
+        stand_in.head = weakref.ref(head)
     parent, name = _place(head, inner) or _place(stand_in, inner)
     before = parent._modules[name], stand_in.run
     parent._modules[name], stand_in.run = stand_in, run
@@ -206,10 +226,11 @@ def _forward_of(module: torch.nn.Module, forward: Callable):
 
 class _Detour:
     """Takes a value around what a model and its wrappers do to logits on their way out, and its gradient around it on the way
-    back. In the place of logits go zeros, so that all of them (FSDP, DDP) see something pass."""
+    back. In the place of logits goes a one, so that all of them (FSDP, DDP) see something pass."""
 
     def __init__(self):
         self.value: Tensor | None = None
+        self.expected: Tensor | None = None  # what should come out of the model
         self.grad: Tensor | None = None
 
     def enter(self, value: Tensor) -> Tensor:
@@ -226,7 +247,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, detour):
         ctx.detour = detour
-        return value.new_zeros(1, 1, 1)
+        return value.new_ones(1, 1, 1)
 
     @staticmethod
     def backward(ctx, grad):

@@ -22,6 +22,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ..attention import tree_attention
 from ..mask import depths, once_per_forward
+from ..messages import ConversationError
 from . import mixers
 from .hand_over import HandOver
 from .ulysses import RankShare
@@ -269,7 +270,7 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
             "a tree batch without position_ids: positions would be places in the row; hand them over. (PEFT's prompt tuning and "
             "prefix tuning take them out, and put tokens in front that the tree does not have: train LoRA instead)"
         )
-    if not model.can_generate():
+    if model.get_output_embeddings() is None:
         if "logits_to_keep" in kwargs:
             raise ValueError(
                 "something calls the body of the model with a tree batch to compute a loss of its own (the fused output layer of "
@@ -294,16 +295,28 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
         raise ValueError(
             "alora_invocation_tokens: PEFT looks for them in the whole row, where other passes have theirs; train LoRA without"
         )
-    embedding, ids = model.get_input_embeddings(), kwargs.get("input_ids")
-    embedded = getattr(embedding, "num_embeddings", None)
-    if ids is not None and embedded is not None and not is_tracing(ids) and (largest := int(ids.max())) >= embedded:
-        raise ValueError(
-            f"token id {largest} has no embedding, the model has {embedded}; is this its tokenizer? "
-            "(resize_token_embeddings for added tokens)"
-        )
+    if (ids := kwargs.get("input_ids")) is not None and not is_tracing(ids):
+        check_embedded(model, int(ids.max()))
+    embedding = model.get_input_embeddings()
     if model.training and getattr(embedding, "neftune_noise_alpha", None):
         raise ValueError(
             "neftune_noise_alpha: NEFTune scales its noise by the length of a sequence, and a row holds many; leave it out"
+        )
+
+
+def check_embedded(model: PreTrainedModel, largest: int) -> None:
+    """Refuse token ids up to `largest`, if the model has no embedding for that.
+
+    Raises:
+        ConversationError: telling how many it has.
+    """
+    embedding = model.get_input_embeddings()
+    embedding = embedding.get_base_layer() if hasattr(embedding, "get_base_layer") else embedding  # in an adapter
+    embedded = getattr(embedding, "num_embeddings", None)
+    if embedded is not None and largest >= embedded:
+        raise ConversationError(
+            f"token id {largest} has no embedding, the model has {embedded}; is this its tokenizer? "
+            "(resize_token_embeddings for added tokens)"
         )
 
 

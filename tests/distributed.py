@@ -1,4 +1,4 @@
-"""Run by test_train.py under torchrun: one step and one evaluation of the Trainer, what came of it written to a file."""
+"""Run by test_train.py under torchrun: one step and one evaluation of the Trainer in every kind, what came of it to a file."""
 
 import sys
 
@@ -9,6 +9,8 @@ from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import set_seed
 
 from flexmask import OnePassCollator, OnePassTrainer, OnePassTrainingArguments, pack_stream
+
+KINDS = [("token", "rows"), ("turn", "stream"), ("token", "three"), ("turn", "each row on both")]
 
 
 class Recording(OnePassTrainer):
@@ -54,9 +56,11 @@ def train_one_step(output_dir: str, accumulation: int, loss_reduction: str, kind
 
 
 if __name__ == "__main__":
-    accumulation = 4 if sys.argv[4] == "each row on both" else 2
-    result = train_one_step(sys.argv[1], accumulation, loss_reduction=sys.argv[3], kind=sys.argv[4])
+    results = {}
+    for loss_reduction, kind in KINDS:
+        accumulation = 4 if kind == "each row on both" else 2
+        results[loss_reduction, kind] = train_one_step(sys.argv[2], accumulation, loss_reduction, kind)
     if torch.distributed.get_rank() == 0:
-        torch.save(result, sys.argv[2])
+        torch.save(results, sys.argv[1])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()  # threads of the group would abort the process at exit, now and then

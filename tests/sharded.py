@@ -17,27 +17,33 @@ MODELS = {
     "Qwen3.5": (lambda: hybrids.tiny("qwen3_5_text", vocab_size=512), "blockwise"),
 }
 
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    build, backend = MODELS[sys.argv[1]]
-    flexmask.set_backend(backend)
+
+def gradients(family: str) -> dict:
+    build, backend = MODELS[family]
     model = build()
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    batch = batch_of((rank + 1,))
-    gradients = {}
+    batch = batch_of((torch.distributed.get_rank() + 1,))
+    found = {}
     choose = flexmask.loss._library_loss
     for way in ("own", "fused", "chunks"):
+        flexmask.set_backend(backend if way == "own" else "blockwise")  # Triton's interpreter is slow
         flexmask.loss.CHUNK_LOGITS = 5 * 512
         flexmask.loss._library_loss = choose if way == "fused" else lambda device, dtype: None
         loss = model(**batch).loss if way == "own" else flexmask.tree_loss(model, batch)
         loss.backward()
-        gradients[way] = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        found[way] = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
         model.zero_grad(set_to_none=True)
-    if rank == 0:
-        torch.save(gradients, sys.argv[2])
+    flexmask.loss._library_loss = choose
+    return found
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    results = {family: gradients(family) for family in MODELS}
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, sys.argv[1])
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # threads of the group would abort the process at exit, now and then
+    torch.distributed.destroy_process_group()

@@ -4,15 +4,12 @@ FlexAttention on a GPU only; elsewhere the Triton kernels run in Triton's interp
 """
 
 import functools
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launching import launch, once
 from models import tiny
 from reference import conversation_passes
 from test_transformers import Vocabulary
@@ -73,20 +70,11 @@ def test_losses_and_gradients_are_those_of_blockwise(backend, family, way):
 
 @pytest.mark.skipif(CUDA, reason="needs two devices on CUDA; two processes share one CPU")
 @pytest.mark.parametrize("family", ["Qwen3", "Qwen3.5"])
-def test_fsdp2(tmp_path, family):
+def test_fsdp2(tmp_path_factory, family):
     """Sharded over two processes, the mean gradient of two batches is that of one process."""
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    run = subprocess.run(
-        [*command, str(here / "sharded.py"), family, str(tmp_path / "gradients.pt")], env=environment, timeout=300,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout
+    found = once(tmp_path_factory, "sharded", lambda path: launch("sharded.py", path))[family]
     from sharded import MODELS  # which imports this file
 
-    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     model = MODELS[family][0]()
     flexmask.set_backend("blockwise")
     (sum(model(**batch_of((turns,))).loss for turns in (1, 2)) / 2).backward()

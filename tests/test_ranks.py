@@ -1,14 +1,9 @@
 """Two processes against one: every way of spreading a model or a row over them, by itself and through the Trainer."""
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import hybrids
 import pytest
 import torch
+from launching import launch, once
 from models import tiny
 from peak_memory import needs_linux
 from ranks import SHARED
@@ -22,30 +17,10 @@ from flexmask.integrations.transformers import check_in_parts
 from flexmask.integrations.ulysses import RankShare, share_row
 from flexmask.loss import target_weight
 
-pytestmark = pytest.mark.xdist_group("ranks")  # processes are started once
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def launch(script, result, *arguments):
-    """What two processes write to `result`. They are killed with their children if they wait for each other."""
-    here = Path(__file__).parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
-    process = subprocess.Popen(
-        [*LAUNCH, str(here / script), str(result), *map(str, arguments)], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        said = process.communicate(timeout=240)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, said[-5000:]
-    return torch.load(result)
-
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    return launch("ranks.py", tmp_path_factory.mktemp("ranks") / "result.pt")
+    return once(tmp_path_factory, "ranks", lambda path: launch("ranks.py", path))
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -84,7 +59,7 @@ def test_memory_of_a_rank_is_about_half(of_two):
 @pytest.fixture(scope="module")
 def of_modes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("modes")
-    return launch("trainer_modes.py", folder / "result.pt", folder)
+    return once(tmp_path_factory, "modes", lambda path: launch("trainer_modes.py", path, folder))
 
 
 @pytest.fixture(scope="module")

@@ -1,41 +1,23 @@
 """Whole trainings from the command line: the recipes, with a tiny model and a CPU; and after a crash."""
 
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import hybrids
 import pytest
 import yaml
-from test_ranks import LAUNCH
+from launching import HERE, LAUNCH, run
 
 from flexmask.cli import main
 from flexmask.demo import conversations, texts, tiny_model, train_tokenizer
 
-HERE = Path(__file__).parent
 RECIPES = HERE.parent / "examples" / "recipes"
 # What two processes, or a tiny model, cannot have.
 INSTEAD = {
     "sequence_parallel_8_gpus": ["--sequence_parallel_size", "2"],
     "lora_one_gpu": ["--lora_r", "4"],
 }
-
-
-def run(command, **environment):
-    """Exit code, and all that was said."""
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    done = subprocess.run(
-        list(map(str, command)),
-        env=os.environ | environment,
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +30,9 @@ def tiny_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
-def test_recipe(recipe, tiny_folder, tmp_path):
+def test_recipe(recipe, tiny_folder, tmp_path, capsys):
     """Verified against N passes, two steps, saved."""
     path = RECIPES / f"{recipe}.yaml"
-    command = [sys.executable] if recipe.endswith("one_gpu") else LAUNCH
     flags = [
         "--model_name_or_path",
         tiny_folder,
@@ -61,7 +42,11 @@ def test_recipe(recipe, tiny_folder, tmp_path):
         tmp_path / "cache",
     ]
     flags += ["--use_cpu", "true", "--max_steps", 2, "--max_tokens", 2048, "--max_samples", 40, "--logging_steps", 1]
-    code, said = run([*command, HERE / "recipes.py", "train", "--config", path, *flags, *INSTEAD.get(recipe, [])])
+    flags = ["train", "--config", path, *flags, *INSTEAD.get(recipe, [])]
+    if recipe.endswith("one_gpu"):
+        code, said = main(list(map(str, flags))), capsys.readouterr().out
+    else:
+        code, said = run([*LAUNCH, HERE / "recipes.py", *flags])
     assert code == 0, said[-4000:]
     assert "before training, flexmask/generated:" in said and "the same losses" in said
     assert said.count("'loss':") == 2
@@ -110,8 +95,10 @@ def test_killed_while_saving_and_resumed(processes, tiny_folder, tmp_path):
     assert code == 0, said[-4000:]
     assert "checkpoint-5 was not written to its end" in said and "checkpoint-4\n" in said
     assert prepared == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} and prepared
-    code, _ = run([*command, tmp_path / "whole"])
-    assert code == 0
+    if processes == 1:
+        assert main(list(map(str, ["train", *flags, "--output_dir", tmp_path / "whole"]))) == 0
+    else:
+        assert run([*command, tmp_path / "whole"])[0] == 0
     killed, whole = (
         {entry["step"]: entry["loss"] for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
          if "loss" in entry}

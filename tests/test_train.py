@@ -1,18 +1,14 @@
 """What the Trainer makes of rows with unequal numbers of targets: in one process, and in two."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from distributed import Recording, train_one_step
+from distributed import KINDS, Recording, train_one_step
+from launching import launch, once
 from models import tiny
 from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import TrainingArguments
@@ -113,26 +109,17 @@ def test_a_batch_of_no_weight_with_a_routers_loss_gives_no_gradient(tmp_path):
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "loss_reduction, kind", [("token", "rows"), ("turn", "stream"), ("token", "three"), ("turn", "each row on both")]
-)
-def test_two_processes_are_as_one(tmp_path, loss_reduction, kind):
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return once(tmp_path_factory, "two", lambda path: launch("distributed.py", path, folder))
+
+
+@pytest.mark.parametrize("loss_reduction, kind", KINDS)
+def test_two_processes_are_as_one(of_two, loss_reduction, kind):
     """Of three rows and of a stream too, in which one process has fewer rows: the other must not wait for it forever, and no
     row counts twice. The bug guarded: Accelerate gave the first rows again where the last ones did not suffice for all."""
-    here, result = Path(__file__).parent, tmp_path / "result.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    process = subprocess.Popen(
-        [*command, str(here / "distributed.py"), str(tmp_path), str(result), loss_reduction, kind], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        said = process.communicate(timeout=120)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with its children
-        raise
-    assert process.returncode == 0, said
-    result = torch.load(result, weights_only=True)
+    result = of_two[loss_reduction, kind]
     assert result["processes"] == 2
     check(result, by_hand(loss_reduction, trained=3 if kind == "three" else 4))
     if kind in ("three", "stream"):

@@ -271,7 +271,9 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
             "prefix tuning take them out, and put tokens in front that the tree does not have: train LoRA instead)"
         )
     if model.get_output_embeddings() is None:
-        if "logits_to_keep" in kwargs:
+        # (Gemma 4's body takes it.)
+        unread = not torch.compiler.is_compiling() and "logits_to_keep" in kwargs
+        if unread and "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
             raise ValueError(
                 "something calls the body of the model with a tree batch to compute a loss of its own (the fused output layer of "
                 "TRL's SFTTrainer does so) and does not know logits_to_keep; make the batch with "

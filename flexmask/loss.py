@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from .collator import TARGET_PER_POSITION, target_weight, to_batch
-from .integrations.output_layer import OutputLayer, run_with_losses
+from .integrations.output_layer import OutputLayer, aside, run_with_losses
 from .integrations.transformers import inner_model
 from .tree import TokenTree
 
@@ -115,7 +115,7 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None, observe: 
         _check_count(inner, states, targets)
         here = targets.to(states.device)
         if observe is not None:
-            with torch.no_grad():
+            with aside():
                 observe(layer.logits(states[:, observed])[0], here[observed])
         fused = _fused_losses(layer, states)
         if fused is not None:

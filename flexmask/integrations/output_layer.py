@@ -19,6 +19,19 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 
+@contextmanager
+def aside():
+    """Without gradients, and without autocast's cache: older versions of PyTorch keep weights in it that were cast without, and what
+    follows would not train them (pytorch #158232)."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
 class OutputLayer:
     """The output layer in a forward of its model, with what the model does to logits after it (soft-cap, scale)."""
 
@@ -46,7 +59,7 @@ class OutputLayer:
         weight, bias = self._head.weight if self._is_linear else None, getattr(self._head, "bias", None)
         if weight is None or isinstance(weight, DTensor) or not weight.numel():
             return None
-        with torch.no_grad():  # is there anything after the layer? Zeros would not tell.
+        with aside():  # is there anything after the layer? Zeros would not tell.
             logits = self.call(states[:, -1:])
             finished = self.finished(logits.clone())
             if not logits.any() or not torch.equal(finished, logits.to(finished.dtype)):
@@ -107,7 +120,7 @@ def run_with_losses(
                 f"{type(inner).__name__} calls its output layer several times in a forward, expected once"
             )
         value = losses(layer, states)
-        with torch.no_grad():
+        with aside():
             detour.expected = layer.finished(value.new_ones(1, 1, 1))
         return detour.enter(value)
 

@@ -21,8 +21,8 @@ from transformers.utils import ModelOutput
 
 @contextmanager
 def aside():
-    """Without gradients, and without autocast's cache: older versions of PyTorch keep weights in it that were cast without, and what
-    follows would not train them (pytorch #158232)."""
+    """Without gradients, and without autocast's cache: older versions of PyTorch keep weights in it that were cast without, and
+    what follows would not train them (pytorch #158232)."""
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import numpy as np
 
@@ -52,7 +53,9 @@ def groups(count: int, trunk: Callable[[int], np.ndarray], tree: Callable[[int],
             if len(following) < LEAST_SHARED:
                 group.alone.append(i)
             else:
-                by_next.setdefault(following.astype(np.int64).tobytes(), []).append(i)
+                # A digest, as there are as many as trees; if two were equal by chance, their beginning below would be short.
+                digest = blake2b(following.astype(np.int64).tobytes(), digest_size=16).digest()
+                by_next.setdefault(digest, []).append(i)
         for alike in by_next.values():
             if len(alike) == 1:
                 group.alone += alike

@@ -1,5 +1,7 @@
 """flexmask: fine-tune language models on multi-turn reasoning in one pass, with exactly the losses of N passes."""
 
+import importlib
+
 from .attention import set_backend, tree_attention
 from .branches import backward_by_branches
 from .collator import OnePassCollator
@@ -41,7 +43,9 @@ _register()
 
 
 def __getattr__(name: str):
-    """The Trainer, which takes seconds to import."""
+    """Modules that are not imported above, and the Trainer, which takes seconds to import."""
+    if name in ("arguments", "data", "demo", "inspect", "page", "sources"):
+        return importlib.import_module(f".{name}", __name__)
     if name == "OnePassTrainer":
         from .trainer import OnePassTrainer
 

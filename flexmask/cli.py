@@ -148,7 +148,7 @@ def _dataset(entry: str):
 @dataclass
 class VerifyArguments:
     max_samples: int = field(default=4, metadata={"help": "Compare the first conversations."})
-    gradients: bool = field(default=True, metadata={"help": "false: compare losses only."})
+    gradients: bool = field(default=True, metadata={"help": "Whether gradients are compared, beside losses."})
 
     def __post_init__(self):
         if self.max_samples < 1:
@@ -171,7 +171,8 @@ def _verify(argv: list[str]) -> int:
     conversations = list(first_conversations([_dataset(name)], count=args.max_samples))
     if not conversations:
         raise ConversationError(f"{name}: holds no conversations")
-    model, tokenizer = load_model(model_args, conversations)
+    model, tokenizer = load_model(model_args, first_conversations([_dataset(name)]))
+    print(f"comparing {len(conversations)} conversations with N passes (--max_samples) …", flush=True)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     report = verify(model.to(device), tokenizer, conversations, gradients=args.gradients, **template_args.options())
     print(report)
@@ -262,6 +263,7 @@ def _inspect(argv: list[str]) -> int:
     if args.tokens:
         print_tokens(shown)
     draw_mask(shown.tree, args.output)
+    print(f"conversation {args.index} of {len(source)} (--index)\n")
     print(f"{inspect_tree(shown.tree)}\nmask picture: {args.output}\n\n{cost_of(shown.tree)}")
     if args.html:
         total = min(len(source), args.max_samples or len(source))

@@ -19,7 +19,7 @@ from .packing import Rows, RowStream, pack
 from .sources import InMemory, Interleaved, Source, open_source
 from .tree import TokenTree
 
-SAMPLE = 64  # records at the beginning of a stream that are looked at before training
+SAMPLE = 64  # records at the beginning that are looked at before training: all that is known of a stream, or compared
 
 
 def open_dataset(dataset: DatasetArguments, seed: int = 0, streaming: bool = False) -> Source:
@@ -71,10 +71,13 @@ class Part:
         return self.prepared.trees.take(self.rows)
 
     def whole(self) -> Iterator[Conversation]:
-        """Conversations of which nothing is lost, those of several passes first."""
+        """Conversations of which nothing is lost: of the first ones, and then of the others, those of several passes first, and
+        the shorter before the longer, because they are compared with N passes, which takes its time."""
         rows = self.rows[self.prepared.whole[self.rows]]
-        single = self.prepared.trees.num_passes[rows] < 2
-        for index in self.prepared.conversation[rows[np.argsort(single, kind="stable")]].tolist():
+        trees = self.prepared.trees
+        later = np.arange(len(rows)) >= SAMPLE
+        order = np.lexsort((trees.lengths[rows], trees.num_passes[rows] < 2, later))
+        for index in self.prepared.conversation[rows[order]].tolist():
             [record] = self.source.read(index, index + 1)
             yield self.maker.conversation(record)
 

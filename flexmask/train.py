@@ -61,7 +61,7 @@ def train(
     datasets = data_args.train_datasets()
     names = ", ".join(dataset.name for dataset in datasets)
     eval_names = [dataset.name for dataset in data_args.eval_datasets()]
-    model, tokenizer = load_model(model_args, first_conversations(datasets, args.seed, data_args.max_samples))
+    model, tokenizer = load_model(model_args, first_conversations(datasets, args.seed))
     options = template_args.options()
     if options["chat_template"]:
         tokenizer.chat_template = options["chat_template"]  # saved with the model
@@ -101,6 +101,7 @@ def train(
     if data_args.verify:
         if not whole:
             raise ConversationError("no conversation is whole, so none can be compared with N passes (--verify false)")
+        tell("comparing two conversations with N passes, which may take minutes on a CPU (--verify false does not) …")
         report = _verify(trainer, tokenizer, whole[:2], options)  # two, so that packing is compared too
         trainer.card_sections["Verified before training, on the first conversations"] = str(report)
         tell(f"before training, {names}:\n{report}")
@@ -153,7 +154,7 @@ def prepare_datasets(
     """
     if data_args.streaming:
         raise ConversationError("--streaming prepares nothing; leave it out, or train")
-    conversations = first_conversations(data_args.train_datasets(), args.seed, data_args.max_samples)
+    conversations = first_conversations(data_args.train_datasets(), args.seed)
     options, template = hub_options(model_args), template_args.options()
     tokenizer = load_tokenizer(model_args.model_name_or_path, conversations, **options)
     if template["chat_template"]:

@@ -300,9 +300,9 @@ def test_template_flags_reach_training_verification_and_inspection(tmp_path, tra
     assert capsys.readouterr().out != plain
     verify = ["verify", data, "--model_name_or_path", str(trained), "--max_samples", "1", "--gradients", "false"]
     assert main(verify) == 0
-    plain = capsys.readouterr().out.splitlines()[1].split()
+    plain = capsys.readouterr().out.splitlines()[2].split()
     assert main([*verify, *flags]) == 0
-    with_template = capsys.readouterr().out.splitlines()[1].split()
+    with_template = capsys.readouterr().out.splitlines()[2].split()
     assert plain[3] != with_template[3], "other tokens"
     assert train(tmp_path, "--max_steps", 1, *flags, data=data) == 0
     assert "user: " in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template or (

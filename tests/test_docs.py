@@ -64,6 +64,8 @@ def commands(text):
 @pytest.mark.parametrize("text", blocks("bash"))
 def test_commands(place, monkeypatch, capsys, text):
     monkeypatch.chdir(place)
+    if "load_in_4bit" in text:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is an optional dependency (.ci/run installs it)")
     for words in commands(text.replace("Qwen/Qwen3-0.6B", "model")):
         if words[0] == "flexmask":
             flags = (

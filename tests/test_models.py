@@ -85,7 +85,7 @@ def test_merge_of_what_is_no_adapter(tmp_path, folder, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_quantised_models_are_verified(folder, flags, dtype):
     """The bug guarded: 8 bits failed, with the tolerance of float32, which their activations do not have."""
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is an optional dependency")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is an optional dependency (.ci/run installs it)")
     model, tokenizer = load_model(ModelArguments(folder, dtype=dtype, use_peft=True, **flags), ())
     assert model.get_base_model().is_quantized
     report = verify(model, tokenizer, CONVERSATIONS[:1])

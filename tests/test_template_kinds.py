@@ -402,4 +402,6 @@ def test_keys_of_messages_that_nobody_reads_are_counted():
     counts = Counter()
     messages = [user("Q") | {"name": "Ada", "cost": 3}, answer("A", finish_reason="stop")]
     turns(CHATML + "{# #}{% set x = messages[0].name %}", messages, counts=counts)
-    assert counts == {f"messages with a key {key!r} that nobody reads": 1 for key in ("cost", "finish_reason")}
+    assert counts == {
+        f"messages with a key {key!r}, which the chat template does not write": 1 for key in ("cost", "finish_reason")
+    }

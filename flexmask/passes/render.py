@@ -427,7 +427,7 @@ class _Renderer:
         for message in self._messages:
             for key in message.keys() - _READ:
                 if key not in words:
-                    self._counts[f"messages with a key {key!r} that nobody reads"] += 1
+                    self._counts[f"messages with a key {key!r}, which the chat template does not write"] += 1
 
     def _tokenize(self, turns: Sequence[_Turn]) -> list[Pass]:
         anchor = self._template.anchor

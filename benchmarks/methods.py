@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 import flexmask.loss
 from flexmask import OnePassCollator, Pass, TokenTree, cost, pack, split
+from flexmask.branches import _bins
 from flexmask.collator import to_batch
 from flexmask.cost import Cost
 from flexmask.mask import BLOCK_SIZE, count_tiles, once_per_forward
@@ -114,14 +115,9 @@ def packed_trees(conversations, vocab, max_tokens):
 
 def _documents(passes: Sequence[Pass], max_tokens: int) -> list[TokenTree]:
     """Rows of whole passes that share nothing, the longest first, each in the first row with room (`pack` would merge them)."""
-    rows: list[list[TokenTree]] = []
-    for tree in sorted(_single_trees(passes), key=len, reverse=True):
-        row = next((row for row in rows if sum(map(len, row)) + len(tree) <= max_tokens), None)
-        if row is None:
-            rows.append([tree])
-        else:
-            row.append(tree)
-    return [TokenTree.concat(row) for row in rows]
+    trees = _single_trees(passes)
+    rows = _bins(list(range(len(trees))), np.array(list(map(len, trees))), max_tokens)
+    return [TokenTree.concat([trees[i] for i in row]) for row in rows]
 
 
 def interleaved(conversations, vocab, max_tokens):

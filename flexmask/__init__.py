@@ -46,12 +46,7 @@ def __getattr__(name: str):
     """Modules that are not imported above, and the Trainer, which takes seconds to import."""
     if name in ("arguments", "data", "demo", "inspect", "page", "sources"):
         return importlib.import_module(f".{name}", __name__)
-    if name == "OnePassTrainer":
-        from .trainer import OnePassTrainer
-
-        return OnePassTrainer
-    if name == "OnePassTrainingArguments":
-        from .arguments import OnePassTrainingArguments
-
-        return OnePassTrainingArguments
+    module = {"OnePassTrainer": "trainer", "OnePassTrainingArguments": "arguments"}.get(name)
+    if module is not None:
+        return getattr(importlib.import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,11 +14,6 @@ from .packing import join
 from .passes import Pass, render_conversation
 from .tree import LOSS_REDUCTIONS, TokenTree
 
-TARGET_PER_POSITION = (
-    "the batch has a label for every token (target_per_position), which is for trainers with a loss of their own; flexmask's "
-    "losses take that of OnePassCollator without it"
-)
-
 
 class OnePassCollator:
     """Joins examples into one row, pads it, and makes the batch. A `data_collator` for the Hugging Face Trainer.
@@ -159,16 +154,25 @@ def _with_target_per_position(row: TokenTree, **padding) -> dict[str, Tensor]:
     return batch | {"labels": labels, "shift_labels": targets}
 
 
-def target_weight(batch: Mapping[str, Tensor]) -> Tensor:
-    """The weights of the targets of a batch, float32 (M,).
+def targets_of(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of a batch where its targets are predicted, and their token ids: int64 (M,) each.
 
     Raises:
         ValueError: a batch with `target_per_position`.
     """
     if "logits_to_keep" not in batch:
-        raise ValueError(TARGET_PER_POSITION)
+        raise ValueError(
+            "the batch has a label for every token (target_per_position), which is for trainers with a loss of their own; "
+            "flexmask's losses take that of OnePassCollator without it"
+        )
+    return batch["logits_to_keep"], batch["shift_labels"][0]
+
+
+def target_weight(batch: Mapping[str, Tensor]) -> Tensor:
+    """The weights of the targets of a batch, float32 (M,); raises what `targets_of` does."""
+    _, ids = targets_of(batch)
     weight = batch.get("target_weight")
-    return torch.ones(batch["shift_labels"].shape[1]) if weight is None else weight[0]
+    return torch.ones(len(ids)) if weight is None else weight[0]
 
 
 def empty_batch(pad_to_multiple_of: int = BLOCK_SIZE) -> dict[str, Tensor]:

@@ -139,8 +139,8 @@ def inspect_tree(tree: TokenTree, *, block_size: int = BLOCK_SIZE) -> Inspection
         tiles_full=full,
         tiles_partial=partial,
         tiles_skipped=blocks * (blocks + 1) // 2 - full - partial,
-        visible_pairs=int((tree.position_ids + 1).sum()),  # a token sees its ancestors and itself
-        visible_pairs_n_pass=int((tree.pass_lengths * (tree.pass_lengths + 1) // 2).sum()),
+        visible_pairs=tree.visible_pairs,
+        visible_pairs_n_pass=tree.pass_pairs,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from .collator import TARGET_PER_POSITION, target_weight, to_batch
+from .collator import target_weight, targets_of, to_batch
 from .integrations.output_layer import OutputLayer, aside, run_with_losses
 from .integrations.transformers import inner_model
 from .tree import TokenTree
@@ -90,19 +90,16 @@ def _losses(model, batch: Mapping[str, Tensor], weight: Tensor | None, observe: 
             "AdaLoRA adds a loss of its own to that of the model, which flexmask's losses are not; take the library's Trainer "
             "with OnePassCollator, or LoRA"
         )
-    if "logits_to_keep" not in batch:
-        raise ValueError(TARGET_PER_POSITION)
-    index, targets = batch["logits_to_keep"], batch["shift_labels"][0]
+    index, targets = targets_of(batch)
     if weight is not None:  # of no weight are thoughts, where answers alone are trained
         counted = weight.nonzero().flatten()
         if not len(counted):  # something must go backward, and nothing is to be seen
             counted, observe = torch.zeros(1, dtype=torch.int64), None
         index, targets, weight = (x[counted.to(x.device)] for x in (index, targets, weight))
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "shift_labels", "target_weight")}
+    inputs["logits_to_keep"] = index
     device = next(model.parameters()).device
-    inputs |= {name: x.to(device) for name, x in inputs.items() if isinstance(x, Tensor)} | {
-        "logits_to_keep": index.to(device)
-    }
+    inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     size = chunk_size(inner.config.get_text_config().vocab_size)
     observed = torch.linspace(0, len(targets) - 1, min(len(targets), OBSERVED, size)).long()
 

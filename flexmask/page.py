@@ -198,18 +198,13 @@ def _figures(source: Source, maker: TreeMaker, count: int) -> Iterator[dict]:
             "tokens": counted["tokens"],
             "tokens of passes": counted["pass_tokens"],
             "fewer tokens": round(counted["pass_tokens"] / counted["tokens"], 2) if counted["tokens"] else 0,
-            "fewer pairs": round(_pairs(tree), 2) if tree is not None else 0,
+            "fewer pairs": round(tree.pass_pairs / tree.visible_pairs, 2) if tree is not None else 0,
             "longest pass": longest,
         }
         counts = Counts.of(counted)
         ignored = ", ".join(counts.ignored)
         notes = "; ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.notes.items())
         yield row | ({"keys nobody reads": ignored} if ignored else {}) | ({"notes": notes} if notes else {})
-
-
-def _pairs(tree: TokenTree) -> float:
-    lengths = tree.pass_lengths
-    return int((lengths * (lengths + 1) // 2).sum()) / tree.visible_pairs
 
 
 def write_page(

@@ -78,6 +78,11 @@ class TokenTree:
         return self.input_ids[: trunk_length(self.position_ids)]
 
     @property
+    def pass_pairs(self) -> int:
+        """Pairs (query, key) that are visible in the passes, each by itself: n (n + 1) / 2 of n tokens."""
+        return int((self.pass_lengths * (self.pass_lengths + 1) // 2).sum())
+
+    @property
     def visible_pairs(self) -> int:
         """Of a query and a key that it sees: what attention takes time for."""
         return int(self.position_ids.sum()) + len(self)

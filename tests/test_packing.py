@@ -85,7 +85,9 @@ def passes_of(trees):
 
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0, 2), st.integers(1, 4), st.booleans())
-@example(497, 6, 0.25, 2, True)  # what two trees of an open row have in common counted twice, and the next row was too long
+@example(
+    497, 6, 0.25, 2, True
+)  # what two trees of an open row have in common counted twice, and the next row was too long
 def test_trees_that_begin_alike_become_one(seed, count, generosity, least, streamed):
     """Against sets of prefixes: no pass, target or weight changes, no row is too long, none is longer than was planned, and
     nothing that shares enough is there twice in a row."""

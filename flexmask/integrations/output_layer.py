@@ -35,8 +35,8 @@ def aside():
 class OutputLayer:
     """The output layer in a forward of its model, with what the model does to logits after it (soft-cap, scale)."""
 
-    def __init__(self, inner: PreTrainedModel, head: torch.nn.Module, inputs: Mapping[str, Tensor]):
-        self._inner, self._head, self._inputs = inner, head, inputs
+    def __init__(self, inner: PreTrainedModel, head: torch.nn.Module, place: _Place, inputs: Mapping[str, Tensor]):
+        self._inner, self._head, self._place, self._inputs = inner, head, place, inputs
         # What gave the states, and all that it gave beside them. (That is `inner.base_model`, but not of OPT.)
         self.body: tuple[PreTrainedModel, ModelOutput] | None = None
         self.is_spread = _is_spread(head)
@@ -72,7 +72,8 @@ class OutputLayer:
         nothing = logits.new_zeros(*logits.shape[:2], output.last_hidden_state.shape[-1])
         output = type(output)(**{**output, "last_hidden_state": nothing})
         inputs = {**self._inputs, "subtree_end": None, "logits_to_keep": 0, "use_cache": False}
-        with _giving(body, output), _in_place_of(self._head, self._inner, lambda states: logits):
+        nothing_runs = {"forward": lambda *args, **kwargs: output} | {name: OrderedDict() for name in _HOOKS}
+        with _replaced(body.__dict__, **nothing_runs), _in_place_of(self._head, self._place, lambda states: logits):
             # Of the class: what a wrapper has put around the model's own forward is running already, and Accelerate's autocast
             # stays on for good if it is entered twice.
             return type(self._inner).forward(self._inner, **inputs).logits
@@ -103,9 +104,11 @@ def run_with_losses(
     head = inner.get_output_embeddings()
     parts = (m for m in inner.modules() if isinstance(m, PreTrainedModel))
     bodies = [m for m in dict.fromkeys((*parts, inner.base_model)) if m is not inner]
-    if head is None or not bodies or not _takes_chunks(head) or _place(head, inner) is None:
+    # The module that has it, and under which name.
+    place = next(((m, name) for m in inner.modules() for name, x in m._modules.items() if x is head), None)
+    if head is None or place is None or not bodies or not _takes_chunks(head):
         return None, None
-    layer, detour = OutputLayer(inner, head, inputs), _Detour()
+    layer, detour = OutputLayer(inner, head, place, inputs), _Detour()
 
     def keep(module, args, output):  # the last one to end is the outermost
         if isinstance(output, ModelOutput) and "last_hidden_state" in output:
@@ -126,7 +129,7 @@ def run_with_losses(
 
     hooks = [body.register_forward_hook(keep) for body in bodies]
     try:
-        with _forward_of(head, call) if layer.is_spread else _in_place_of(head, inner, call):
+        with _replaced(head.__dict__, forward=call) if layer.is_spread else _in_place_of(head, place, call):
             output = model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
@@ -186,52 +189,33 @@ class _StandIn(torch.nn.Module):
 _STAND_INS: weakref.WeakKeyDictionary[torch.nn.Module, _StandIn] = weakref.WeakKeyDictionary()
 
 
+_Place = tuple[torch.nn.Module, str]
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 @contextmanager
-def _in_place_of(head: torch.nn.Module, inner: torch.nn.Module, run: Callable[[Tensor], Tensor]):
+def _in_place_of(head: torch.nn.Module, place: _Place, run: Callable[[Tensor], Tensor]):
     """The model calls this in place of its output layer."""
     stand_in = _STAND_INS.get(head)
     if stand_in is None:
         stand_in = _STAND_INS[head] = _StandIn()
         stand_in.head = weakref.ref(head)
-    parent, name = _place(head, inner) or _place(stand_in, inner)
-    before = parent._modules[name], stand_in.run
-    parent._modules[name], stand_in.run = stand_in, run
-    try:
+    parent, name = place
+    with _replaced(parent._modules, **{name: stand_in}), _replaced(stand_in.__dict__, run=run):
         yield
-    finally:
-        parent._modules[name], stand_in.run = before
-
-
-def _place(module: torch.nn.Module, inner: torch.nn.Module) -> tuple[torch.nn.Module, str] | None:
-    """The module that has this one, and under which name."""
-    return next(((m, name) for m in inner.modules() for name, x in m._modules.items() if x is module), None)
-
-
-_OF_CALLS = ("forward", "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @contextmanager
-def _giving(module: torch.nn.Module, output):
-    """Calls of the module give this output, and run nothing, hooks neither."""
-    own = {name: module.__dict__[name] for name in _OF_CALLS if name in module.__dict__}
-    module.__dict__.update({name: OrderedDict() for name in own}, forward=lambda *args, **kwargs: output)
+def _replaced(of: dict, **entries):
+    """Entries of a dictionary, for a while."""
+    own = {name: of[name] for name in entries if name in of}
+    of.update(entries)
     try:
         yield
     finally:
-        del module.__dict__["forward"]
-        module.__dict__.update(own)
-
-
-@contextmanager
-def _forward_of(module: torch.nn.Module, forward: Callable):
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
+        for name in entries.keys() - own.keys():
+            del of[name]
+        of.update(own)
 
 
 # --------------------------------------------------------------------------------------------------------- the way out

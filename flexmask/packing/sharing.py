@@ -70,7 +70,9 @@ def groups(count: int, trunk: Callable[[int], np.ndarray], tree: Callable[[int],
 
 def _common_tokens(members: Sequence[int], at_least: int, tree: Callable[[int], TokenTree]) -> int:
     """How many tokens all trees have in common: with the same ancestors."""
-    common = np.unique(_identities(tree(members[0])))  # a row of a stream is several trees, which may begin alike a little
+    common = np.unique(
+        _identities(tree(members[0]))
+    )  # a row of a stream is several trees, which may begin alike a little
     for i in members[1:]:
         if len(common) == at_least:
             break

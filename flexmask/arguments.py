@@ -52,20 +52,33 @@ class ModelArguments:
     def __post_init__(self):
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("nf4", "fp4"))
-        if self.use_peft:
-            check_installed("use_peft", "peft")
         if not self.is_quantised:
             return
-        option = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other; leave one of them out")
         if not self.use_peft:
             raise ValueError(
-                f"{option} needs use_peft: weights that were rounded are not trained, adapters around them are"
+                f"{self._option} needs use_peft: weights that were rounded are not trained, adapters around them are"
             )
         if self.model_name_or_path == TINY_MODEL:
-            raise ValueError(f"{option} needs a model from a folder or the hub, and {TINY_MODEL} is made on the spot")
-        check_installed(option, "bitsandbytes")
+            raise ValueError(
+                f"{self._option} needs a model from a folder or the hub, and {TINY_MODEL} is made on the spot"
+            )
+
+    def check_environment(self) -> None:
+        """What loading the model needs, and preparing its data does not.
+
+        Raises:
+            ConversationError: naming the argument, and what to install.
+        """
+        if self.use_peft:
+            check_installed("use_peft", "peft")
+        if self.is_quantised:
+            check_installed(self._option, "bitsandbytes")
+
+    @property
+    def _option(self) -> str:
+        return "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
 
     @property
     def is_quantised(self) -> bool:

@@ -27,9 +27,10 @@ def load_model(args: ModelArguments, conversations: Iterable[dict]) -> tuple[Pre
 
     Raises:
         NotImplementedError: the architecture is not supported.
-        ImportError: a library that is asked for is not installed.
+        ConversationError: a library that is asked for is not installed.
         OSError: there is no such model or tokenizer.
     """
+    args.check_environment()
     if args.model_name_or_path == TINY_MODEL:
         tokenizer = load_tokenizer(TINY_MODEL, conversations)
         model = demo.tiny_model(tokenizer)
@@ -99,9 +100,14 @@ def load_tokenizer(name: str, conversations: Iterable[dict], **options) -> PreTr
     try:
         return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        if Path(name).exists():
-            raise OSError(f"{name}: holds no tokenizer: {' '.join(str(error).split())}") from error
-        raise OSError(f"{name}: there is no such folder, and loading it from the hub failed: {error}") from error
+        raise _not_there(name, f"holds no tokenizer: {' '.join(str(error).split())}", error) from error
+
+
+def _not_there(name: str, lacks: str, error: Exception) -> OSError:
+    """Of a folder what it lacks, of anything else that the hub did not give it."""
+    if Path(name).exists():
+        return OSError(f"{name}: {lacks}")
+    return OSError(f"{name}: there is no such folder, and loading it from the hub failed: {error}")
 
 
 def load_config(name: str, tokenizer: PreTrainedTokenizerBase, **options) -> PreTrainedConfig:
@@ -131,9 +137,9 @@ def merge(adapter: str, output_dir: str | Path, dtype: str = "auto", trust_remot
     try:
         config = PeftConfig.from_pretrained(adapter)
     except ValueError as error:
-        if Path(adapter).exists():
-            raise OSError(f"{adapter}: holds no adapter; without --use_peft training writes a plain model") from error
-        raise OSError(f"{adapter}: there is no such folder, and loading it from the hub failed: {error}") from error
+        raise _not_there(
+            adapter, "holds no adapter; without --use_peft training writes a plain model", error
+        ) from error
     base = config.base_model_name_or_path
     if base is None:
         raise OSError(

@@ -131,6 +131,23 @@ def test_missing_libraries_are_told_first(tmp_path, monkeypatch, capsys, library
     assert f"needs {library}, which is not installed: pip install {library}" in capsys.readouterr().err
 
 
+def test_preparing_needs_no_libraries_of_the_model(tmp_path, monkeypatch):
+    """The bug guarded: `flexmask prepare` asked for peft and bitsandbytes, which only training needs."""
+    monkeypatch.setattr("flexmask.arguments.importlib.util.find_spec", lambda name: None)
+    flags = [
+        "--use_peft",
+        "true",
+        "--dataset_cache_dir",
+        str(tmp_path / "cache"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    assert (
+        main(["prepare", "--model_name_or_path", "flexmask/tiny-random", *GENERATED, "--disable_tqdm", "true", *flags])
+        == 0
+    )
+
+
 def test_a_missing_optimiser_is_told_first(tmp_path, monkeypatch, capsys):
     def missing(args, model=None):
         raise ImportError("You need to install\n`bitsandbytes`")

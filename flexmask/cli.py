@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -250,11 +250,16 @@ def _inspect(argv: list[str]) -> int:
     tokenizer = load_tokenizer(args.tokenizer, first_conversations([dataset]))
     maker = tree_maker(tokenizer, columns=dataset.columns, **template_args.options())
 
-    config = cache(partial(load_config, args.tokenizer, tokenizer))
+    try:
+        config, missing = load_config(args.tokenizer, tokenizer), None
+    except (OSError, ValueError) as error:
+        config, missing = None, error
 
     def cost_of(tree) -> str:
         try:
-            return str(cost(tree, config()))
+            if missing is not None:
+                raise missing
+            return str(cost(tree, config))
         except (OSError, ValueError, NotImplementedError) as error:
             return f"FLOPs are not counted: {' '.join(str(error).split())}"
 

@@ -2,8 +2,7 @@
 
 import sys
 
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from ranks_on_a_cpu import as_on_gpus, without_compiler
 
 from flexmask import train
 from flexmask.cli import main
@@ -12,8 +11,10 @@ library = train.OnePassTrainer.__init__
 
 
 def with_fsdp(self, model, args, *others, **options):
-    if args.fsdp:  # on a CPU Accelerate runs DDP in its place, unless it is told that there are GPUs
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if args.fsdp:
+        as_on_gpus()
+    if args.deepspeed:
+        without_compiler()
     library(self, model, args, *others, **options)
 
 

@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from models import tiny
+from ranks_on_a_cpu import as_on_gpus, without_compiler
 from safetensors.torch import load_file
 from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import set_seed
@@ -74,8 +75,10 @@ def train(folder: Path, mode: str, ranks: int, resume: bool = False) -> dict:
         str(folder), max_steps=2, learning_rate=1e-2, adam_epsilon=1e-3, gradient_accumulation_steps=accumulated,
         use_cpu=True, save_strategy="steps", save_steps=1, logging_steps=1, disable_tqdm=True, weight_decay=0.1, **options,
     )  # fmt: skip
-    if arguments.fsdp:  # on a CPU Accelerate runs DDP in its place, unless it is told that there are GPUs
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if arguments.fsdp:
+        as_on_gpus()
+    if arguments.deepspeed:
+        without_compiler()
     rows = rows_of_unequal_size("turn")
     streamed = pack_stream(rows, max(map(len, rows)), buffer_size=1) if mode.endswith("streamed") else rows
     trainer = OnePassTrainer(model, arguments, train_dataset=streamed, data_collator=OnePassCollator(Vocabulary()))

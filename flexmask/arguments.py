@@ -196,10 +196,7 @@ class DataArguments:
     def __post_init__(self):
         check_choice("overlong", self.overlong, OVERLONG)
         check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
-        for name in ("max_length", "max_tokens", "max_samples", "dataset_num_proc"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+        check_positive(self, "max_length", "max_tokens", "max_samples", "dataset_num_proc")
         if self.test_size is not None and not (0 < self.test_size < 1 or self.test_size % 1 == 0 < self.test_size):
             raise ValueError(f"test_size is {self.test_size}, expected a part between 0 and 1, or a whole number")
         if self.test_size is not None and (self.eval_dataset_name or self.streaming):
@@ -417,6 +414,14 @@ class OnePassTrainingArguments(TrainingArguments):
 def check_installed(option: str, library: str) -> None:
     if importlib.util.find_spec(library) is None:
         raise ConversationError(f"{option} needs {library}, which is not installed: pip install {library}")
+
+
+def check_positive(args, *names: str) -> None:
+    """Of those arguments: whole numbers that are 1 or more, or None."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

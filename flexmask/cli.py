@@ -151,8 +151,9 @@ class VerifyArguments:
     gradients: bool = field(default=True, metadata={"help": "Whether gradients are compared, beside losses."})
 
     def __post_init__(self):
-        if self.max_samples < 1:
-            raise ValueError(f"max_samples is {self.max_samples}, expected at least 1")
+        from .arguments import check_positive
+
+        check_positive(self, "max_samples")
 
 
 def _verify(argv: list[str]) -> int:
@@ -224,8 +225,9 @@ class InspectArguments:
     max_samples: int | None = field(default=None, metadata={"help": "Of the page: the first conversations only."})
 
     def __post_init__(self):
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples is {self.max_samples}, expected at least 1")
+        from .arguments import check_positive
+
+        check_positive(self, "max_samples")
 
 
 def _inspect(argv: list[str]) -> int:

@@ -7,16 +7,14 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.data import Sampler
 from transformers import PreTrainedConfig, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
@@ -34,62 +32,9 @@ from .messages import ConversationError
 from .models import load_model, with_adapter
 from .packing import Rows, RowStream, pack
 from .progress import COUNTS, Counting, Progress, flops
+from .samplers import BatchShare, LevelSampler
 from .sources import HubDataset
 from .tree import TokenTree
-
-
-class _Share(BatchSamplerShard):
-    """Every n-th batch, for one of n ranks. Accelerate's own share repeats the first batches where the last ones do not
-    suffice for all; here the last ranks have one less, while all tell the same length, so that they take as many steps."""
-
-    def __len__(self):
-        return math.ceil(len(self.batch_sampler) / self.num_processes)
-
-    def set_epoch(self, epoch):
-        """Of a resumed epoch, too, of which the first batches are skipped: there the library tells it to nobody else."""
-        sampler = getattr(self.batch_sampler, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-
-
-class LevelSampler(Sampler):
-    """Rows in a random order, in which those that ranks take at the same time cost about the same.
-
-    Rows that are near in a random order are sorted by their costs, cut into groups of one row for each rank, and these come in a
-    random order. The same for every rank and every run of the same seed and epoch.
-
-    Args:
-        costs: (rows,), what each takes, in any unit.
-        ranks: how many rows are taken at the same time.
-        seed: of the order.
-    """
-
-    _NEAR = 64  # groups of which the rows are sorted together: enough to choose from, few enough to leave it to chance
-
-    def __init__(self, costs: np.ndarray, ranks: int, seed: int):
-        self.costs, self.ranks, self.seed = np.asarray(costs), ranks, seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.costs)
-
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng((self.seed, self._epoch))
-        order = rng.permutation(len(self.costs))
-        whole = len(order) // self.ranks * self.ranks
-        groups = []
-        for near in np.split(order[:whole], range(self._NEAR * self.ranks, whole, self._NEAR * self.ranks)):
-            groups += (
-                np.split(near[np.argsort(self.costs[near], kind="stable")], len(near) // self.ranks)
-                if len(near)
-                else []
-            )
-        for group in rng.permutation(len(groups)):
-            yield from rng.permuted(groups[group]).tolist()
-        yield from order[whole:].tolist()  # of these some ranks have none
 
 
 class OnePassTrainer(Trainer):
@@ -251,7 +196,7 @@ class OnePassTrainer(Trainer):
             # Each rank packs its own share of the conversations. Accelerate would take a share of that share.
             loader.dataset.num_processes, loader.dataset.process_index = 1, 0
         if isinstance(loader.batch_sampler, BatchSamplerShard):
-            loader.batch_sampler.__class__ = _Share  # it is made deep inside Accelerate, and shared by two loaders
+            loader.batch_sampler.__class__ = BatchShare  # it is made deep inside Accelerate, and shared by two loaders
             loader.batch_sampler.even_batches = False
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = self._row_ranks, self._row_rank
         elif self._row_group is not None and not isinstance(self.train_dataset, RowStream):

@@ -75,7 +75,8 @@ class TokenTree:
     @property
     def trunk(self) -> np.ndarray:
         """int64: the tokens of the first path of the row, of a tree its heaviest."""
-        return self.input_ids[: trunk_length(self.position_ids)]
+        # As long as each token is the child of the one before.
+        return self.input_ids[: common_prefix_length(self.position_ids, np.arange(len(self)))]
 
     @property
     def pass_pairs(self) -> int:
@@ -285,11 +286,6 @@ def _prefix_tree(sequences: list[np.ndarray]) -> tuple[list[_Run], list[np.ndarr
         path = np.concatenate([path[:shared], *(np.arange(r.start, r.start + len(r.tokens)) for r in mine)])
         paths[i] = path
     return runs, paths
-
-
-def trunk_length(position_ids: np.ndarray) -> int:
-    """Tokens of the first path of a row: as long as each is the child of the one before."""
-    return common_prefix_length(position_ids, np.arange(len(position_ids)))
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:

@@ -6,33 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
-from template_corpus import CACHE
+from fla_package import NotInstallable, installed
 
 from flexmask.recurrence import fla
-
-REQUIREMENT = "fla-core==0.6.0"  # the kernels of flash-linear-attention
-
-
-def installed() -> Path:
-    """A folder with fla, and not in the environment, where transformers would find it. Downloaded once."""
-    folder = CACHE / REQUIREMENT
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # tests run in several processes
-        if not folder.exists():
-            command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--retries", "1"]
-            command += ["--target", f"{folder}.part", REQUIREMENT]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if run.returncode:
-                pytest.skip(f"{REQUIREMENT} could not be installed: {run.stderr.strip().splitlines()[-1]}")
-            Path(f"{folder}.part").rename(folder)
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["gated_delta_rule", "kda", "simple_gla"])
 def test_kernels_on_a_tree(kind):
     """float32, forward and every gradient; states alone are launched level by level."""
-    folder = installed()
+    try:
+        folder = installed()
+    except NotInstallable as error:
+        pytest.skip(str(error))
     script = Path(__file__).with_name("fla_on_trees.py")
     run = subprocess.run([sys.executable, str(script), str(folder), kind], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -331,13 +331,14 @@ def test_of_several_processes_one_prepares(tokenizer):
 
 
 def test_trees_stay_on_disk(tokenizer):
-    """The bug guarded: a second copy of all trees, in rows. Planning rows reads lengths only, and another process maps the
-    file again instead of being sent it."""
+    """The bugs guarded: a second copy of all trees, in rows; and positions read where only beginnings are wanted, which was a
+    GiB of 200,000 trees. Another process maps the file again instead of being sent it."""
     write("data.jsonl", lines(*CONVERSATIONS))
     trees = prepared(tree_maker(tokenizer)).trees
     longest = int(trees.lengths.max())
-    with patch.object(columns.Columns, "tree", side_effect=AssertionError("read")):
+    with patch.object(columns.Columns, "_of", side_effect=columns.Columns._of, autospec=True) as read:
         rows = pack(trees, longest)
+        assert {name for call in read.call_args_list for name in call.args[2:]} == {"input_ids"}
         sent = pickle.dumps(rows)
     assert len(sent) < 20_000 < os.stat(next(trees._columns.parts[0].parent.iterdir())).st_size
     assert same_trees(list(pickle.loads(sent)), list(rows))
@@ -346,6 +347,7 @@ def test_trees_stay_on_disk(tokenizer):
     with pytest.raises(IndexError):
         trees[24]
     assert trees.visible_pairs.tolist() == [tree.visible_pairs for tree in trees]
+    assert [trees.trunk(i).tolist() for i in range(24)] == [tree.trunk.tolist() for tree in trees]
     split = pack(trees, longest - 1)
     assert split.split == sum(trees.lengths == longest) and [len(row) for row in split] == split.lengths.tolist()
     assert same_trees(list(split), list(pack(list(trees), longest - 1)))

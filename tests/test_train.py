@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from flexmask import ConversationError, OnePassCollator, OnePassTrainer, OnePassTrainingArguments, pack_stream
 from flexmask.collator import empty_batch
-from flexmask.trainer import LevelSampler
+from flexmask.samplers import LevelSampler
 
 
 def by_hand(loss_reduction, trained=4):

@@ -10,10 +10,30 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ..tree import TokenTree, trunk_length
+from ..tree import TokenTree
 
 LIST_TYPES = {f.name: pa.list_(pa.float32() if f.name == "pass_weights" else pa.int32()) for f in fields(TokenTree)}
-SCHEMA = pa.schema({"conversation": pa.int64(), "intact": pa.bool_()} | LIST_TYPES)
+SCHEMA = pa.schema(
+    {"conversation": pa.int64(), "intact": pa.bool_(), "trunk_length": pa.int64(), "visible_pairs": pa.int64()}
+    | LIST_TYPES
+)
+
+
+def record_batch(conversation: Sequence[int], intact: Sequence[bool], trees: Sequence[TokenTree]) -> pa.RecordBatch:
+    """Trees as columns: of each the index of its conversation, whether nothing of that is lost, and what rows are planned by, so
+    that planning reads beginnings of trees and nothing else."""
+    columns = {
+        "conversation": pa.array(conversation, pa.int64()),
+        "intact": pa.array(intact, pa.bool_()),
+        "trunk_length": pa.array([len(tree.trunk) for tree in trees], pa.int64()),
+        "visible_pairs": pa.array([tree.visible_pairs for tree in trees], pa.int64()),
+    }
+    for name, of in LIST_TYPES.items():
+        lists = [getattr(tree, name) for tree in trees]
+        begin = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+        values = np.concatenate(lists).astype(of.value_type.to_pandas_dtype()) if lists else []
+        columns[name] = pa.ListArray.from_arrays(pa.array(begin), pa.array(values, of.value_type))
+    return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 
 
 class Trees(Sequence):
@@ -72,8 +92,7 @@ class Columns:
         return TokenTree.from_dict({name: x.copy() for name, x in self._of(row, *LIST_TYPES).items()})
 
     def trunk(self, row: int) -> np.ndarray:
-        of_row = self._of(row, "input_ids", "position_ids")
-        return of_row["input_ids"][: trunk_length(of_row["position_ids"])]
+        return self._of(row, "input_ids")["input_ids"][: self.trunk_length[row]]
 
     def _of(self, row: int, *names: str) -> dict[str, np.ndarray]:
         """Those lists of a tree, without a copy."""
@@ -90,13 +109,12 @@ class Columns:
         return np.concatenate([none, *(b.column(name).to_numpy(zero_copy_only=False) for b in self.batches)])
 
     @cached_property
+    def trunk_length(self) -> np.ndarray:
+        return self.column("trunk_length")
+
+    @cached_property
     def visible_pairs(self) -> np.ndarray:
-        found = [np.empty(0, np.int64)]
-        for batch in self.batches:
-            begin, positions = _lists(batch, "position_ids")
-            total = np.append(0, positions[begin[0] : begin[-1]].cumsum(dtype=np.int64))[begin - begin[0]]
-            found.append(np.diff(total) + np.diff(begin))
-        return np.concatenate(found)
+        return self.column("visible_pairs")
 
     def _sizes(self, name: str) -> np.ndarray:
         sizes = [np.diff(_lists(batch, name)[0]) for batch in self.batches]

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from ..messages import Conversation, ConversationError, read_conversation
 from ..sources import HubDataset, InMemory, Source, cleared, open_source
-from .columns import LIST_TYPES, SCHEMA, Columns, Trees
+from .columns import SCHEMA, Columns, Trees, record_batch
 from .counts import Counts
 from .making import TreeMaker, hash_of, tree_maker
 
@@ -272,23 +272,17 @@ def _batches(
 
 
 def _batch(source: Source, maker: TreeMaker, indices: range) -> tuple[pa.RecordBatch, Counter, int]:
-    made, counted, longest = [], Counter(), 0
+    conversation, intact, trees = [], [], []
+    counted, longest = Counter(), 0
     for index, record in zip(indices, source.read(indices.start, indices.stop), strict=True):
         tree, of_tree, length = maker.tree(record)
         counted.update(of_tree)
         longest = max(longest, length)
         if tree is not None:
-            made.append((index, not of_tree["targets_lost"], tree))
-    columns = [
-        pa.array([index for index, _, _ in made], pa.int64()),
-        pa.array([whole for _, whole, _ in made], pa.bool_()),
-    ]
-    for name, of in LIST_TYPES.items():
-        lists = [getattr(tree, name) for _, _, tree in made]
-        begin = np.cumsum([0, *map(len, lists)], dtype=np.int32)
-        values = np.concatenate(lists).astype(of.value_type.to_pandas_dtype()) if lists else []
-        columns.append(pa.ListArray.from_arrays(pa.array(begin), pa.array(values, of.value_type)))
-    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA), counted, longest
+            conversation.append(index)
+            intact.append(not of_tree["targets_lost"])
+            trees.append(tree)
+    return record_batch(conversation, intact, trees), counted, longest
 
 
 _handed_over: tuple[Source, TreeMaker]

@@ -1,6 +1,6 @@
-"""Run by test_train.py under torchrun: one step and one evaluation of the Trainer in every kind, what came of it to a file."""
+"""For test_train.py: one step and one evaluation of the Trainer in every kind, by one process or two."""
 
-import sys
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -55,12 +55,10 @@ def train_one_step(output_dir: str, accumulation: int, loss_reduction: str, kind
     return result
 
 
-if __name__ == "__main__":
-    results = {}
-    for loss_reduction, kind in KINDS:
-        accumulation = 4 if kind == "each row on both" else 2
-        results[loss_reduction, kind] = train_one_step(sys.argv[2], accumulation, loss_reduction, kind)
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, sys.argv[1])
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # threads of the group would abort the process at exit, now and then
+def in_two_processes(folder: Path) -> dict:
+    return {
+        (loss_reduction, kind): train_one_step(
+            str(folder), 4 if kind == "each row on both" else 2, loss_reduction, kind
+        )
+        for loss_reduction, kind in KINDS
+    }

@@ -1,4 +1,5 @@
-"""Run by test_recipes.py, under torchrun or alone: `flexmask train`, killed in the middle of writing its fifth checkpoint."""
+"""Run by test_recipes.py, under torchrun or alone: `flexmask train`, killed in the middle of writing its fifth checkpoint, if it
+is told to. The last arguments are output folders, one training after the other."""
 
 import os
 import signal
@@ -19,4 +20,7 @@ def save_or_die(self, output_dir):
 
 if os.environ.get("KILL"):
     OnePassTrainer._save_rng_state = save_or_die
-sys.exit(main(sys.argv[1:]))
+folders = sys.argv.index("--output_dir") + 1
+for folder in sys.argv[folders:]:
+    if code := main([*sys.argv[1:folders], folder]):
+        sys.exit(code)

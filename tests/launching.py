@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
 HERE = Path(__file__).parent
+TOGETHER = (("ranks", "sharded"), ("distributed", "trainer_modes"))  # modules with a function in_two_processes
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -31,18 +31,15 @@ def run(command, timeout: int = 240, **environment) -> tuple[int, str]:
     return process.returncode, said
 
 
-def launch(script: str, result: Path, *arguments):
-    """What two processes write to `result`."""
-    code, said = run([*LAUNCH, HERE / script, result, *arguments])
-    assert code == 0, said[-5000:]
-
-
-def once(tmp_path_factory, name: str, write: Callable[[Path], object]):
-    """What `write` puts into a file: written by the first worker of pytest-xdist that needs it, and read by the others."""
+def found_by_two(tmp_path_factory, name: str):
+    """What the module of that name finds in two processes. They are started once, by the first worker of pytest-xdist that needs
+    them, for all modules of a kind: importing everything takes longer than most of what is done."""
+    kind = next(names for names in TOGETHER if name in names)
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    path = folder / f"{name}.pt"
+    path = folder / f"{kind[0]}.pt"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            write(path)
-    return torch.load(path)
+            code, said = run([*LAUNCH, HERE / "two_processes.py", path, *kind])
+            assert code == 0, said[-5000:]
+    return torch.load(path)[name]

@@ -1,10 +1,10 @@
-"""Run by test_ranks.py under torchrun: steps of two processes, each loss and gradient to a file.
+"""For test_ranks.py: steps of two processes, the loss and gradient of each.
 
 In place of an optimiser, gradients; of each case those of one process are what they must be.
 """
 
 import contextlib
-import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ def peaks() -> tuple[int, int]:
     return tuple(peak_bytes(lambda of=of: step(of)) for of in (shared_batch, batch))
 
 
-def tensor_parallel(folder: str) -> tuple:
+def tensor_parallel(folder: Path) -> tuple:
     """Loaded as people load it; each rank has some heads of every layer, and the whole row."""
     if dist.get_rank() == 0:
         tiny("Qwen3").save_pretrained(folder)
@@ -125,15 +125,11 @@ def tensor_parallel(folder: str) -> tuple:
     return loss.detach(), gradients(model)
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
+def in_two_processes(folder: Path) -> dict:
     results = {(wrapper, steps): by_branches(wrapper, steps) for wrapper in ("ddp", "fsdp2") for steps in (1, 2)}
     for name, case in SHARED.items():
         results[name] = shared(*case, checkpointing=name == "checkpointing")
     results["fsdp2, shared"] = shared("Qwen3", {}, "flash", "fsdp2")
     results["flex"], results["peaks"] = flex_forward(), peaks()
-    results["tensor parallel"] = tensor_parallel(sys.argv[1] + ".model")
-    if dist.get_rank() == 0:
-        torch.save(results, sys.argv[1])
-    dist.barrier()
-    dist.destroy_process_group()  # threads of the group would abort the process at exit, now and then
+    results["tensor parallel"] = tensor_parallel(folder)
+    return results

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from launching import launch, once
+from launching import found_by_two
 from models import tiny
 from reference import conversation_passes
 from test_transformers import Vocabulary
@@ -72,7 +72,7 @@ def test_losses_and_gradients_are_those_of_blockwise(backend, family, way):
 @pytest.mark.parametrize("family", ["Qwen3", "Qwen3.5"])
 def test_fsdp2(tmp_path_factory, family):
     """Sharded over two processes, the mean gradient of two batches is that of one process."""
-    found = once(tmp_path_factory, "sharded", lambda path: launch("sharded.py", path))[family]
+    of_two = found_by_two(tmp_path_factory, "sharded")[family]
     from sharded import MODELS  # which imports this file
 
     model = MODELS[family][0]()
@@ -81,4 +81,4 @@ def test_fsdp2(tmp_path_factory, family):
     flexmask.set_backend("auto")
     for way, name in product(("own", "fused", "chunks"), dict(model.named_parameters())):
         expected = model.get_parameter(name).grad
-        torch.testing.assert_close(found[way][name], expected, rtol=1e-4, atol=1e-6, msg=f"{way} {name}")
+        torch.testing.assert_close(of_two[way][name], expected, rtol=1e-4, atol=1e-6, msg=f"{way} {name}")

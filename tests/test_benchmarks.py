@@ -4,8 +4,8 @@ import contextlib
 import functools
 import inspect
 import json
-import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -57,11 +57,16 @@ COMPLETIONS = {"completions": 4, "lengths": [60, 30]}
 
 @needs_linux
 @pytest.mark.parametrize("name", NAMES)
-def test_smallest_size(name, tmp_path):
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "smoke", "--output_dir", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=BENCHMARKS.parent)
-    assert run.returncode == 0, run.stderr[-3000:]
+def test_smallest_size(name, tmp_path, monkeypatch):
+    argv = [str(BENCHMARKS / f"{name}.py"), "smoke", "--output_dir", str(tmp_path)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if name in ("memory", "split"):  # which divide by a peak, and here there is none: memory was taken before
+        run = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=BENCHMARKS.parent)
+        assert run.returncode == 0, run.stderr[-3000:]
+    else:
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        runpy.run_path(argv[0], run_name="__main__")
     result = json.loads((tmp_path / f"{name}_smoke.json").read_text())
     assert result["rows"] and not [row for row in result["rows"] if "error" in row]
     assert {"command", "commit", "date", "machine", "versions", "settings", "seconds"} <= set(result)
@@ -190,12 +195,17 @@ def test_packed_passes_of_a_gpu(monkeypatch):
 def test_every_step_has_its_backend():
     """Chosen when it runs, not when it is made; the one of the process otherwise."""
     seen = []
+
+    def see(*_):
+        seen.append(flexmask.attention._override)
+        raise StopIteration
+
     with using_backend("triton"):
         specs = [spec("one-pass", backend="blockwise"), spec("one-pass"), spec("one-pass", backend="flex")]
         steps = [training.TrainingStep(of) for of in specs]
         for step in steps:
-            step.model.register_forward_pre_hook(lambda *_: seen.append(flexmask.attention._override))
-            with contextlib.suppress(NotImplementedError):  # flex has no gradients on a CPU
+            step.model.register_forward_pre_hook(see)
+            with contextlib.suppress(StopIteration):
                 step()
     assert seen == ["blockwise", "triton", "flex"]
 

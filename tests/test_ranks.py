@@ -3,7 +3,7 @@
 import hybrids
 import pytest
 import torch
-from launching import launch, once
+from launching import found_by_two
 from models import tiny
 from peak_memory import needs_linux
 from ranks import SHARED
@@ -20,7 +20,7 @@ from flexmask.loss import target_weight
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    return once(tmp_path_factory, "ranks", lambda path: launch("ranks.py", path))
+    return found_by_two(tmp_path_factory, "ranks")
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -58,8 +58,7 @@ def test_memory_of_a_rank_is_about_half(of_two):
 
 @pytest.fixture(scope="module")
 def of_modes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("modes")
-    return once(tmp_path_factory, "modes", lambda path: launch("trainer_modes.py", path, folder))
+    return found_by_two(tmp_path_factory, "trainer_modes")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import KINDS, Recording, train_one_step
-from launching import launch, once
+from launching import found_by_two
 from models import tiny
 from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import TrainingArguments
@@ -111,8 +111,7 @@ def test_a_batch_of_no_weight_with_a_routers_loss_gives_no_gradient(tmp_path):
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    return once(tmp_path_factory, "two", lambda path: launch("distributed.py", path, folder))
+    return found_by_two(tmp_path_factory, "distributed")
 
 
 @pytest.mark.parametrize("loss_reduction, kind", KINDS)

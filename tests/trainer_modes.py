@@ -1,11 +1,9 @@
-"""Run by test_ranks.py under torchrun: two steps of the Trainer in every mode, with a save between them; then the second step
-again from what was saved. Losses, norms of gradients and weights to a file."""
+"""For test_ranks.py: two steps of the Trainer in every mode, with a save between them; then the second step again from what was
+saved. Losses, norms of gradients and weights."""
 
 import json
-import sys
 from pathlib import Path
 
-import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from models import tiny
@@ -97,17 +95,18 @@ def in_every_mode(folder: Path, ranks: int) -> dict:
     for mode in MODES:
         for resume in (False, True):
             found[mode, resume] = train(folder / mode, mode, ranks, resume)
-            AcceleratorState._reset_state()
-            GradientState._reset_state()
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
-            unset_hf_deepspeed_config()
+            forget_accelerate()
     return found
 
 
-if __name__ == "__main__":
+def forget_accelerate() -> None:
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    unset_hf_deepspeed_config()
+
+
+def in_two_processes(folder: Path) -> dict:
     Vocabulary.save_pretrained = lambda *_, **__: None
-    found = in_every_mode(Path(sys.argv[2]), ranks=2)
-    if torch.distributed.get_rank() == 0:
-        torch.save(found, sys.argv[1])
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    forget_accelerate()
+    return in_every_mode(folder, ranks=2)

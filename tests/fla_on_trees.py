@@ -1,9 +1,10 @@
 """fla's Triton kernels on a tree in Triton's interpreter, against a loop over tokens in float64. Run by test_fla.py in a
 process of its own: where fla can be imported, transformers would take its kernels for models on a CPU, too.
 
-Prints, as JSON, the relative error of the output and of each gradient, and how many kernels were launched.
+Prints, as JSON, of each kind of recurrence the relative error of the output and of each gradient, and how many kernels were
+launched.
 
-python fla_on_trees.py FOLDER_OF_FLA gated_delta_rule|kda|simple_gla
+python fla_on_trees.py FOLDER_OF_FLA
 """
 
 import os
@@ -72,9 +73,7 @@ def prepare(folder: str) -> None:
             vars(module).setdefault("range", counting_range)
 
 
-def main(folder: str, kind: str) -> None:
-    warnings.simplefilter("ignore")
-    prepare(folder)
+def measure(kind: str) -> dict:
     import numpy as np
     import torch
     from reference import conversation_passes, forest
@@ -97,8 +96,9 @@ def main(folder: str, kind: str) -> None:
     expected = reference_scan(*exact, parent, 0.25)
     (expected * weight).sum().backward()
     rounded = [None if x is None else x[None].float() for x in inputs]
+    before = launches
     out = fla.forward(*rounded, end, 0.25)
-    forward = launches
+    between = launches
     found = fla.backward(weight[None].float(), *rounded, end, 0.25)
 
     def error(ours, theirs):
@@ -107,8 +107,10 @@ def main(folder: str, kind: str) -> None:
     errors = {"out": error(out[0, :-3], expected[:-3])}
     errors |= {n: error(x, y.grad) for n, x, y in zip("qkvgb", found, exact, strict=True) if y is not None}
     levels = len(fla._plan(end).levels)
-    print(json.dumps({"errors": errors, "levels": levels, "forward": forward, "backward": launches - forward}))
+    return {"errors": errors, "levels": levels, "forward": between - before, "backward": launches - between}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    warnings.simplefilter("ignore")
+    prepare(sys.argv[1])
+    print(json.dumps({kind: measure(kind) for kind in ("gated_delta_rule", "kda", "simple_gla")}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import math
 from dataclasses import dataclass, field, fields, replace
@@ -12,9 +13,9 @@ from huggingface_hub import whoami
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from .data import OVERLONG
+from .data import OVERLONG, TreeMaker
 from .messages import COLUMNS, ConversationError, is_weight
-from .passes import EMPTY_REASONING, TRAIN_ON
+from .passes import EMPTY_REASONING, TRAIN_ON, render_passes
 from .sources import SUFFIXES
 from .tree import LOSS_REDUCTIONS
 
@@ -22,6 +23,7 @@ from .tree import LOSS_REDUCTIONS
 TINY_MODEL = "flexmask/tiny-random"
 GENERATED_DATA = "flexmask/generated"
 MAX_TOKENS = 16384  # of a row, where nobody says it
+LAST_CHECKPOINT = "last"  # of the output folder, in place of the folder of a checkpoint
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -197,6 +199,8 @@ class DataArguments:
         check_choice("overlong", self.overlong, OVERLONG)
         check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
         check_positive(self, "max_length", "max_tokens", "max_samples", "dataset_num_proc")
+        if self.compare < 0:
+            raise ValueError(f"compare is {self.compare}, expected 0 or more")
         if self.test_size is not None and not (0 < self.test_size < 1 or self.test_size % 1 == 0 < self.test_size):
             raise ValueError(f"test_size is {self.test_size}, expected a part between 0 and 1, or a whole number")
         if self.test_size is not None and (self.eval_dataset_name or self.streaming):
@@ -232,6 +236,10 @@ class DataArguments:
         return [replace(d, config=config) if d.is_hub and d.config is None else d for d in found]
 
 
+# Options of rendering, of trees and of comparisons: where template variables are handed on beside them, none may have their name.
+_OURS = {*inspect.signature(render_passes).parameters, *(f.name for f in fields(TreeMaker)), "gradients", "num_proc"}
+
+
 @dataclass
 class TemplateArguments:
     chat_template_path: str | None = field(default=None, metadata={"help": "A Jinja file to use as chat template."})
@@ -256,7 +264,10 @@ class TemplateArguments:
     )
 
     def __post_init__(self):
-        _json_object("chat_template_kwargs", self.chat_template_kwargs)
+        for name in sorted(_OURS & _json_object("chat_template_kwargs", self.chat_template_kwargs).keys()):
+            raise ValueError(
+                f"chat_template_kwargs has {name!r}, which is an option of flexmask and does not reach the template"
+            )
         check_choice("train_on", self.train_on, TRAIN_ON)
         check_choice("empty_reasoning", self.empty_reasoning, EMPTY_REASONING)
         if not 0 <= self.reasoning_weight < math.inf:
@@ -306,6 +317,10 @@ class OnePassTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if str(self.fsdp).lower() in ("true", "false"):  # a text, from the command line and from YAML
             self.fsdp = str(self.fsdp).lower() == "true"
+        if str(self.resume_from_checkpoint).lower() in ("true", "false", "last"):
+            self.resume_from_checkpoint = (
+                None if str(self.resume_from_checkpoint).lower() == "false" else LAST_CHECKPOINT
+            )
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             # The library's default for streams sends the batches of one process to all, and cuts them: a batch is one row.
@@ -379,7 +394,14 @@ class OnePassTrainingArguments(TrainingArguments):
             ConversationError: naming the argument, and what to do.
         """
         from transformers import Trainer  # takes seconds to import
+        from transformers.trainer import TRAINER_STATE_NAME
 
+        checkpoint = self.resume_from_checkpoint
+        if checkpoint not in (None, LAST_CHECKPOINT) and not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+            raise ConversationError(
+                f"resume_from_checkpoint is {checkpoint}, where there is no checkpoint ({TRAINER_STATE_NAME}); true takes the "
+                "last one of output_dir"
+            )
         try:
             for logger in get_reporting_integration_callbacks(self.report_to):
                 logger()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -13,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from . import demo
 from .arguments import GENERATED_DATA, DataArguments, DatasetArguments
-from .data import Preparation, TreeMaker, Trees, prepare, tree_maker
+from .data import Counts, Preparation, TreeMaker, Trees, check_columns, prepare, tree_maker
 from .messages import Conversation, ConversationError, read_conversation
 from .packing import Rows, RowStream, pack
 from .sources import InMemory, Interleaved, Source, open_source
@@ -168,12 +169,15 @@ class Loader:
                 self.args.max_samples,
             )
             streams.append(made)
-            for record in islice(made.source.stream(), min(SAMPLE, self.args.max_samples or SAMPLE)):
+            seen, limit = Counter(), min(SAMPLE, self.args.max_samples or SAMPLE)
+            for record in islice(made.source.stream(), limit):
                 tree, counted, _ = made.maker.tree(record())
+                seen += counted
                 if tree is not None:
                     trees.append(tree)
                     if not counted["targets_lost"]:
                         whole.append(made.maker.conversation(record()))
+            self._check_columns(dataset, Counts.of(seen), is_all=seen["conversations"] < limit or limit < SAMPLE)
             if dataset.weight is not None and len(trees) == before:
                 raise ConversationError(_nothing([dataset]))  # its share would be that of the others
         if not trees:
@@ -181,6 +185,17 @@ class Loader:
         weights = None if datasets[0].weight is None else [dataset.weight for dataset in datasets]
         items = Interleaved(streams, weights, self.seed)
         return RowStream(items, self.args.max_tokens, make=operator.call), trees, whole
+
+    def _check_columns(self, dataset: DatasetArguments, counts: Counts, is_all: bool) -> None:
+        """Of a stream only the beginning is known, and what none of that has may come later."""
+        if is_all:
+            check_columns(dataset.name, counts.absent, counts.conversations)
+        for name, count in counts.absent.items():
+            if count == counts.conversations:
+                self.tell(
+                    f"{dataset.name}: none of the first {count} records has the column {name!r}, which columns names; is it "
+                    "misspelt?"
+                )
 
     def _parts(self, datasets: Sequence[DatasetArguments], seed: int) -> list[Part]:
         parts = []

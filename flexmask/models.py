@@ -68,7 +68,7 @@ def lora_config(args: ModelArguments):
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules or "all-linear",
+        target_modules="all-linear" if args.lora_target_modules in (None, ["all-linear"]) else args.lora_target_modules,
         modules_to_save=args.lora_modules_to_save,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,

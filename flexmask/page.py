@@ -37,7 +37,7 @@ class Shown:
         paths: of each pass the places of its tokens in the row, int64.
         texts: of each token of the row what it adds to the text; of a character of several tokens the last one has it.
         kinds: of each pass, for each of its tokens, one of the above: uint8.
-        unseen: see `unseen_by_inference`.
+        unseen: see `unseen_by_inference`; None if not every assistant message has a pass, because then not all is known.
     """
 
     conversation: Conversation
@@ -46,7 +46,7 @@ class Shown:
     paths: list[np.ndarray]
     texts: list[str]
     kinds: list[np.ndarray]
-    unseen: list[list[tuple[int, np.ndarray]]]
+    unseen: list[list[tuple[int, np.ndarray]]] | None
 
     @classmethod
     def of(cls, record: Record, maker: TreeMaker) -> Shown:
@@ -65,7 +65,9 @@ class Shown:
             for place, text in zip(path.tolist(), pieces):
                 texts[place] = text
             kinds.append(_kinds(pieces, weights_of(p) > 0, conversation))
-        return cls(conversation, passes, tree, paths, texts, kinds, unseen_by_inference(tree, paths))
+        answers = sum(message["role"] == "assistant" for message in conversation["messages"])
+        unseen = unseen_by_inference(tree, paths) if len(passes) == answers else None
+        return cls(conversation, passes, tree, paths, texts, kinds, unseen)
 
 
 def weights_of(p: Pass) -> np.ndarray:
@@ -104,11 +106,13 @@ def _kinds(texts: Sequence[str], trained: np.ndarray, conversation: Conversation
         begin = text.find(content, at) if content else at
         if begin < 0:
             continue
-        thought = text.find(reasoning, at, begin or None) if reasoning else -1
+        thought = text.find(reasoning, at, begin if content else None) if reasoning else -1
         if thought >= 0:
             said[thought : thought + len(reasoning)] = True
-        at = begin + len(content)
-        said[begin:at] = True
+            at = thought + len(reasoning)
+        if content:
+            at = begin + len(content)
+            said[begin:at] = True
     kinds = np.where([bool(said[a:b].any()) for a, b in itertools.pairwise(starts)], CONTENT, TEMPLATE)
     kinds[trained] = TRAINED
     ends = trained & ~np.append(trained[1:], False)
@@ -202,9 +206,10 @@ def _figures(source: Source, maker: TreeMaker, count: int) -> Iterator[dict]:
             "longest pass": longest,
         }
         counts = Counts.of(counted)
-        ignored = ", ".join(counts.ignored)
+        ignored, absent = ", ".join(counts.ignored), ", ".join(counts.absent)
         notes = "; ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.notes.items())
-        yield row | ({"keys nobody reads": ignored} if ignored else {}) | ({"notes": notes} if notes else {})
+        texts = {"keys nobody reads": ignored, "columns that it lacks": absent, "notes": notes}
+        yield row | {name: text for name, text in texts.items() if text}
 
 
 def write_page(
@@ -245,7 +250,7 @@ def write_page(
         conversations.append({"index": index, "cost": cost_of(shown.tree)} | _conversation(shown))
     data = {
         "title": f"{Path(source.name).name}: what is trained",
-        "about": f"{len(source):,} conversations: {count:,} in the table, of which {len(conversations):,} can be looked into",
+        "about": f"{len(source):,} conversations: {count:,} in the table; {len(conversations):,} can be looked into",
         "kinds": KINDS,
         "block": BLOCK_SIZE,
         "table": table,
@@ -260,7 +265,7 @@ def write_page(
 def _conversation(shown: Shown) -> dict:
     tree, chains = shown.tree, Chains.of(shown.tree.subtree_end)
     passes = []
-    for path, p, kinds, unseen in zip(shown.paths, shown.passes, shown.kinds, shown.unseen):
+    for path, p, kinds, unseen in zip(shown.paths, shown.passes, shown.kinds, shown.unseen or itertools.repeat([])):
         weight = weights_of(p)
         passes.append(
             {
@@ -276,6 +281,7 @@ def _conversation(shown: Shown) -> dict:
         "positions": tree.position_ids.tolist(),
         "ends": tree.subtree_end.tolist(),
         "passes": passes,
+        "compares": shown.unseen is not None,
         "chains": [[int(a), int(b), int(p)] for a, b, p in zip(chains.run_start, chains.run_stop, chains.run_parent)],
         "figures": str(inspect_tree(tree)),
     }

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .arguments import (
+    LAST_CHECKPOINT,
     TINY_MODEL,
     DataArguments,
     ModelArguments,
@@ -69,8 +70,8 @@ def train(
         data_args, tokenizer, options, model.config, seed=args.seed, progress=not args.disable_tqdm, tell=tell
     )
     if data_args.streaming:
-        check_embedded(model, len(tokenizer) - 1)
         rows, trees, whole = loader.stream()
+        check_embedded(model, max(int(tree.input_ids.max()) for tree in trees))  # and later ones batch by batch
         eval_parts = loader.eval()
     else:
         parts, eval_parts = loader.train_and_eval()
@@ -79,6 +80,11 @@ def train(
         check_embedded(model, max(part.prepared.largest_token for part in parts + eval_parts))
     eval_rows = loader.rows(eval_parts)[1] if evaluates else None
     compared = (_whole(eval_parts, data_args.compare) if evaluates else whole)[: data_args.compare]
+    for option, found, without in (("compare", compared, "leave it out"), ("verify", whole, "--verify false")):
+        if getattr(data_args, option) and not found:
+            raise ConversationError(
+                f"no conversation is whole, so that --{option} has none to compare with N passes ({without})"
+            )
 
     trainer = OnePassTrainer(
         model,
@@ -99,8 +105,6 @@ def train(
             "`flexmask verify` on what was saved"
         )
     if data_args.verify:
-        if not whole:
-            raise ConversationError("no conversation is whole, so none can be compared with N passes (--verify false)")
         tell("comparing two conversations with N passes, which may take minutes on a CPU (--verify false does not) …")
         report = _verify(trainer, tokenizer, whole[:2], options)  # two, so that packing is compared too
         trainer.card_sections["Verified before training, on the first conversations"] = str(report)
@@ -167,8 +171,8 @@ def prepare_datasets(
 
 
 def _checkpoint(args: OnePassTrainingArguments, tell: Callable[[str], object]) -> str | None:
-    """What to resume from: what is named, or with "true" the last that is whole, if there is one."""
-    if args.resume_from_checkpoint not in ("true", "True", "last"):
+    """What to resume from: what is named, or the last that is whole, if there is one."""
+    if args.resume_from_checkpoint != LAST_CHECKPOINT:
         return args.resume_from_checkpoint
     # That of rank 0, since not all of them need have its disk.
     [(found, unfinished)] = broadcast_object_list([last_checkpoint(args.output_dir)])

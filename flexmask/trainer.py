@@ -24,7 +24,7 @@ from .branches import backward_by_branches
 from .card import write_card
 from .collator import OnePassCollator, empty_batch, target_weight
 from .data import build_trees, tree_maker
-from .integrations.transformers import NAME, check_config, check_in_parts
+from .integrations.transformers import NAME, check_config, check_in_parts, with_router_loss
 from .integrations.ulysses import check_heads, share_row
 from .loading import TreeStream, longest_pass
 from .loss import tree_loss
@@ -42,7 +42,7 @@ class OnePassTrainer(Trainer):
 
     Training and evaluation loss are Σ weight · loss / Σ weight over all targets: of the accumulated batches of all
     ranks, and of the evaluation set. (The library's own eval_loss is the mean over rows, which weighs a target less in
-    a row that has many.) With a router's load-balancing loss it is the model's own loss, which knows no weights.
+    a row that has many.) In training, with a router's load-balancing loss, it is the model's own loss, which knows no weights.
 
     On any number of ranks every row is trained once in an epoch: a rank that has no row left while others have takes batches
     without weight. A training on a stream is resumed where it was, in whichever epoch, by as many processes and workers.
@@ -86,6 +86,7 @@ class OnePassTrainer(Trainer):
         args = OnePassTrainingArguments("trainer_output") if args is None else args
         if not isinstance(args, OnePassTrainingArguments) or options.get("compute_loss_func"):
             raise ValueError("OnePassTrainer takes OnePassTrainingArguments, and no compute_loss_func")
+        processing_class = processing_class or getattr(data_collator, "tokenizer", None)
         if isinstance(model, str):
             model, tokenizer = load_model(ModelArguments(model), train_dataset)
             processing_class = processing_class or tokenizer
@@ -105,7 +106,6 @@ class OnePassTrainer(Trainer):
             raise ValueError(
                 "target_per_position is for trainers with a loss of their own; leave it out of the data_collator"
             )
-        processing_class = processing_class or getattr(data_collator, "tokenizer", None)
         tell = print if args.process_index == 0 else lambda *_: None
         made = functools.partial(to_rows, collator=data_collator, config=model.config, tell=tell)
         train_dataset = made(train_dataset, streams=True)
@@ -310,10 +310,16 @@ class OnePassTrainer(Trainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if model.training and getattr(self.model.config, "output_router_logits", False):
+        if model.training and with_router_loss(self.model.config):
             if not target_weight(inputs).any():  # of `empty_batch`
                 inputs = {name: value for name, value in inputs.items() if name != "target_weight"}
                 return super().compute_loss(model, inputs, False, num_items_in_batch) * 0
+            if "target_weight" in inputs:
+                raise ConversationError(
+                    "output_router_logits: with a router's loss it is the model's own loss that is trained, which knows no "
+                    "weights, and targets of this row have some: from weights, loss_reduction, or a conversation that is there "
+                    "twice. Leave those out, or set output_router_logits=False in the model's configuration"
+                )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             num_items_in_batch = target_weight(inputs).sum()  # of the row

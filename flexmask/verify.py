@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from .collator import OnePassCollator
-from .integrations.transformers import NAME, check_config, inner_model
+from .integrations.transformers import NAME, check_config, inner_model, with_router_loss
 from .packing import join
 from .passes import Pass, render_conversation
 from .tree import TokenTree
@@ -231,18 +231,18 @@ def _plain_losses(model, p: Pass, backward: bool) -> Tensor:
 @contextmanager
 def _as_found(model, inner):
     """Eval mode, no gradients and no router loss inside; everything as it was afterwards."""
-    attention, router = inner.config._attn_implementation, getattr(inner.config, "output_router_logits", None)
+    attention, with_router = inner.config._attn_implementation, with_router_loss(inner.config)
     training = {module: module.training for module in model.modules()}
     kept = {name: p.grad for name, p in model.named_parameters()}
     model.eval()
     model.zero_grad(set_to_none=True)
-    if router:
-        inner.config.output_router_logits = False
+    for config in with_router:
+        config.output_router_logits = False
     try:
         yield
     finally:
-        if router:
-            inner.config.output_router_logits = True
+        for config in with_router:
+            config.output_router_logits = True
         inner.set_attn_implementation(attention)
         for module, mode in training.items():
             module.training = mode

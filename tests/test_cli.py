@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from test_verify import broken_attention, leaking
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 
 from flexmask import demo
-from flexmask.arguments import OnePassTrainingArguments
+from flexmask.arguments import ModelArguments, OnePassTrainingArguments
 from flexmask.cli import main
+from flexmask.models import lora_config
 from flexmask.trainer import StopOnNonFiniteLoss
 
 TINY = ["--model_name_or_path", "flexmask/tiny-random"]
@@ -95,6 +97,14 @@ def test_evaluation_and_accumulation(tmp_path):
     assert any("eval_loss" in entry for entry in history)
 
 
+def test_all_linear_is_what_the_library_calls_it():
+    """The bug guarded: in a list it was taken for a module of that name."""
+    arguments = ModelArguments("model", use_peft=True, lora_target_modules=["all-linear"])
+    assert lora_config(arguments).target_modules == "all-linear"
+    arguments.lora_target_modules = ["q_proj"]
+    assert lora_config(arguments).target_modules == {"q_proj"}
+
+
 def test_a_mismatch_stops_before_training(tmp_path, monkeypatch, capsys):
     """Planted fault: branches see each other."""
     monkeypatch.setitem(AttentionInterface._global_mapping, "flexmask", broken_attention(leaking))
@@ -126,6 +136,9 @@ def test_overlong(tmp_path, data, capsys):
     assert "nothing is left to train on" in capsys.readouterr().err
     assert train(tmp_path, "--max_tokens", 256, data=data) == 2
     assert "more than 256 (max_tokens" in capsys.readouterr().err
+    flags = ["--max_length", 60, "--overlong", "truncate", "--max_steps", 1, "--verify", "false", "--compare", 1]
+    assert train(tmp_path, *flags, data=data) == 2  # before, and not after the training with a traceback
+    assert "no conversation is whole, so that --compare has none" in capsys.readouterr().err
 
 
 def test_verify_and_inspect(tmp_path, trained, data, capsys):
@@ -189,6 +202,28 @@ def test_streaming(tmp_path, data, capsys):
     assert len(losses(tmp_path / "out")) == 4 and said.count("the same losses") == 2
 
 
+def test_a_column_that_a_stream_seems_not_to_have(tmp_path, data, capsys):
+    """Of a whole stream it is an error; of its beginning it is told before training. The bug guarded: only after it."""
+    flags = ["--streaming", "true", "--max_steps", 1, "--columns", '{"tools": "my_tols"}']
+    assert train(tmp_path, *flags, data=data) == 2
+    assert "no record has the column 'my_tols'" in capsys.readouterr().err
+    path = tmp_path / "long.jsonl"
+    path.write_text(Path(data).read_text() * 9)
+    assert train(tmp_path, *flags, "--max_samples", 99, data=str(path)) == 0
+    said = capsys.readouterr().out
+    assert said.index("none of the first 64 records has the column 'my_tols'") < said.index("before training")
+
+
+def test_a_stream_takes_a_tokenizer_with_a_token_that_is_not_used(tmp_path, trained, data):
+    """As without a stream. The bug guarded: it was refused for a token without an embedding that no record has."""
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    tokenizer.add_tokens(["<unused>"])
+    shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint*"))
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--streaming", "true", "--max_steps", 1, "--verify", "false"]
+    assert train(tmp_path, *flags, "--model_name_or_path", tmp_path / "model", data=data) == 0
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_fault_in_a_stream_ends_in_one_line(tmp_path, data, workers, capsys):
     """The bug guarded: an error in a worker came with the traceback of the worker around it."""
@@ -230,6 +265,16 @@ def test_a_fault_in_a_stream_ends_in_one_line(tmp_path, data, workers, capsys):
         (["--dtype", "bfloat17"], "dtype is 'bfloat17', expected one of auto, float32"),
         (["--model_name_or_path", "."], ".: holds no tokenizer"),
         (["--overlong", "foo"], "overlong is 'foo', expected one of error, drop, truncate"),
+        (
+            ["--chat_template_kwargs", '{"train_on": "last"}'],
+            "chat_template_kwargs has 'train_on', which is an option",
+        ),
+        (
+            ["--chat_template_kwargs", '{"max_length": 5}'],
+            "chat_template_kwargs has 'max_length', which is an option",
+        ),
+        (["--compare", -1], "compare is -1, expected 0 or more"),
+        (["--resume_from_checkpoint", "none"], "resume_from_checkpoint is none, where there is no checkpoint"),
         (["--max_length", 0], "max_length is 0, expected at least 1"),
         (["--max_samples", -1], "max_samples is -1, expected at least 1"),
         (["--config", "bad.yaml"], "bad.yaml: is not YAML"),

@@ -16,7 +16,7 @@ from reference import conversation_passes
 from transformers import AutoConfig
 
 import flexmask
-from flexmask import OnePassCollator, Pass, TokenTree
+from flexmask import OnePassCollator, Pass, TokenTree, demo
 from flexmask.cost import _scan_flops, cost
 from flexmask.integrations import mixers
 
@@ -340,6 +340,27 @@ def test_the_language_model_of_a_multimodal_one():
     model.model.visual = None  # a tree holds text
     with KeepFloat64():
         assert_same(*both(model.to(torch.float64).train()), 1e-10, 1e-8)
+
+
+def test_a_routers_loss_inside_a_multimodal_model(tmp_path):
+    """The bugs guarded: asked for in the configuration of its language model, it was left out in silence of what is trained,
+    and verify compared a mean with it to one without."""
+    text = tiny("qwen3_5_moe_text", vocab_size=512).config
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 0, 0], "partial_rotary_factor": 0.25}
+    options = {"rope_parameters": rope, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3_5MoeConfig(text_config=text.to_dict() | options, vision_config=vision)
+    model = transformers.Qwen3_5MoeForConditionalGeneration._from_config(config, attn_implementation="flexmask")
+    model.model.visual = None
+    conversations = demo.conversations(2)
+    tokenizer = demo.train_tokenizer(demo.texts(conversations), vocab_size=512)
+    report = flexmask.verify(model.eval(), tokenizer, conversations)
+    assert report, str(report)
+    assert model.config.text_config.output_router_logits
+    batch = flexmask.OnePassCollator(tokenizer)(conversations)
+    trainer = flexmask.OnePassTrainer(model, flexmask.OnePassTrainingArguments(str(tmp_path), use_cpu=True))
+    found, expected = trainer.compute_loss(model.train(), dict(batch)), model(**batch)
+    assert expected.aux_loss > 0 and torch.equal(found, expected.loss)
 
 
 def test_cost_counts_recurrences():

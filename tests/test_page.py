@@ -14,7 +14,7 @@ from templates import tokenizer as with_template
 from flexmask import demo
 from flexmask.cli import main
 from flexmask.data import tree_maker
-from flexmask.page import END, TEMPLATE, TRAINED, Shown, print_tokens, token_texts, write_page
+from flexmask.page import CONTENT, END, TEMPLATE, TRAINED, Shown, print_tokens, token_texts, write_page
 from flexmask.sources import InMemory
 
 CONVERSATIONS = demo.conversations(6)
@@ -85,6 +85,14 @@ def test_a_repeated_end_token_inside_a_turn():
     assert one.unseen[0] == one.unseen[1] == []
     texts = ["".join(one.texts[place] for place in places) for _, places in one.unseen[2]]
     assert len(texts) == 2 and "first" in texts[0] and "second" in texts[1]
+    said = [one.texts[place] for place, kind in zip(one.paths[1], one.kinds[1], strict=True) if kind == CONTENT]
+    assert "first" in "".join(said), "the thought of a message without content"
+
+
+def test_nothing_is_compared_where_not_every_answer_is_a_pass():
+    """The bug guarded: it said that the context of a turn was the same in plain training, without knowing the other turns."""
+    one = shown(of_turns(3), tree_maker(TOKENIZER, train_on="last"))
+    assert len(one.passes) == 1 and one.unseen is None
 
 
 def test_of_no_weight_is_not_trained():

@@ -21,6 +21,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from templates import tokenizer as with_template
 from test_data import ANSWER, GOOD, USER, lines, same_trees, write
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer
@@ -404,6 +405,14 @@ def test_a_column_that_no_record_has_is_told(tokenizer):
         assert str(caught.value) == expected
     with pytest.raises(ConversationError, match=r"^no record has the column 'my_tools'"):
         build_trees([GOOD], tokenizer, columns=columns)
+    thinks, plain = ({"messages": chat(**of)} for of in ({"reasoning_content": "One."}, {}))
+    # One that is dropped lacks it, too.
+    with pytest.raises(ConversationError, match=r"^no record has the column 'my_tools'"):
+        build_trees([thinks, plain], with_template("qwen3"), columns=columns, empty_reasoning="drop")
+
+
+def chat(**answer):
+    return [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1", **answer}]
 
 
 # Fuzzing

@@ -13,7 +13,14 @@ from models import tiny
 from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import TrainingArguments
 
-from flexmask import ConversationError, OnePassCollator, OnePassTrainer, OnePassTrainingArguments, pack_stream
+from flexmask import (
+    ConversationError,
+    OnePassCollator,
+    OnePassTrainer,
+    OnePassTrainingArguments,
+    TokenTree,
+    pack_stream,
+)
 from flexmask.collator import empty_batch
 from flexmask.samplers import LevelSampler
 
@@ -56,7 +63,7 @@ def test_evaluation_and_a_step_are_means_over_targets(tmp_path, loss_reduction, 
     assert found.get("steps") == (5 if stream else None)
 
 
-def test_evaluation_of_raw_conversations_and_what_is_refused(tmp_path):
+def test_evaluation_of_trees_and_what_is_refused(tmp_path):
     """The bug guarded: only a list of trees could be evaluated, and a batch of several rows was counted several times."""
     collator, model = OnePassCollator(Vocabulary()), tiny("Qwen3")
     rows = rows_of_unequal_size()
@@ -98,6 +105,15 @@ def test_with_a_routers_loss_it_is_the_models_own(tmp_path):
     found = OnePassTrainer(model, arguments).compute_loss(model.train(), dict(batch))
     expected = model(**batch)
     assert expected.aux_loss > 0 and torch.equal(found, expected.loss)
+
+
+def test_with_a_routers_loss_weights_are_refused(tmp_path):
+    """Of a conversation that is there twice, too. The bug guarded: the error said to use the Trainer that it came from."""
+    model = tiny("Qwen3Moe", output_router_logits=True, router_aux_loss_coef=0.5)
+    trainer = OnePassTrainer(model, OnePassTrainingArguments(str(tmp_path), use_cpu=True))
+    row = TokenTree.merge([rows_of_unequal_size()[0]] * 2)
+    with pytest.raises(ConversationError, match=r"output_router_logits: .* knows no weights"):
+        trainer.compute_loss(model.train(), OnePassCollator(Vocabulary())([row]))
 
 
 def test_a_batch_of_no_weight_with_a_routers_loss_gives_no_gradient(tmp_path):

@@ -4,7 +4,7 @@ import datasets
 import peft
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from flexmask import ConversationError, OnePassCollator, OnePassTrainer, OnePassTrainingArguments, TokenTree, demo, pack
 from flexmask.data import build_trees
@@ -55,6 +55,26 @@ def test_what_would_train_something_else(tmp_path, options, message):
         options = options | {"model": peft.get_peft_model(demo.tiny_model(TOKENIZER), options["model"])}
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"arguments": {"label_smoothing_factor": 0.1}},
+        {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()},
+    ],
+    ids=["smoothing", "loss"],
+)
+def test_what_would_evaluate_something_else(tmp_path, options):
+    """The bug guarded: without gradients nothing was said, and the loss was that of labels shifted by one token."""
+    arguments = {"remove_unused_columns": False, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    arguments = TrainingArguments(str(tmp_path), **arguments, **options.pop("arguments", {}))
+    collator = OnePassCollator(TOKENIZER)
+    trainer = Trainer(
+        demo.tiny_model(TOKENIZER), arguments, eval_dataset=CONVERSATIONS, data_collator=collator, **options
+    )
+    with pytest.raises(ValueError, match="labels are missing"):
+        trainer.evaluate()
 
 
 def test_adalora_has_a_loss_of_its_own(tmp_path):
@@ -309,3 +329,26 @@ def test_a_stream_to_evaluate_is_read_to_its_end(tmp_path):
     assert sum(len(row.pass_end) for row in trainer.eval_dataset) == sum(
         len(c["messages"]) // 2 for c in CONVERSATIONS[:3]
     )
+
+
+def test_by_name_the_tokenizer_is_that_of_the_collator(tmp_path):
+    """The bug guarded: another template was saved with the model than the one it was trained on."""
+    folder = tmp_path / "model"
+    demo.tiny_model(TOKENIZER).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    mine = AutoTokenizer.from_pretrained(folder)
+    trainer = OnePassTrainer(
+        str(folder), OnePassTrainingArguments(str(tmp_path / "out"), use_cpu=True), data_collator=OnePassCollator(mine)
+    )
+    assert trainer.processing_class is mine
+
+
+def test_conversations_are_evaluated_as_their_rows(tmp_path):
+    arguments = OnePassTrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True)
+    model, collator = demo.tiny_model(TOKENIZER), OnePassCollator(TOKENIZER, 4096)
+    rows = pack(build_trees(CONVERSATIONS, TOKENIZER).trees, 4096)
+    ours, theirs = (
+        OnePassTrainer(model, arguments, eval_dataset=data, data_collator=collator).evaluate()["eval_loss"]
+        for data in (CONVERSATIONS, rows)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-6)

@@ -3,7 +3,7 @@
 from .columns import Trees
 from .counts import Counts
 from .making import OVERLONG, TreeMaker, tokenizer_fingerprint, tree_maker
-from .preparation import Preparation, build_trees, load_conversations, prepare
+from .preparation import Preparation, build_trees, check_columns, load_conversations, prepare
 
 __all__ = [
     "OVERLONG",
@@ -12,6 +12,7 @@ __all__ = [
     "TreeMaker",
     "Trees",
     "build_trees",
+    "check_columns",
     "load_conversations",
     "prepare",
     "tokenizer_fingerprint",

@@ -78,13 +78,16 @@ class TreeMaker:
                 origin is named.
         """
         conversation, notes = self.conversation(record), Counter()
+        keys = Counter(
+            [*(IGNORED + key for key in conversation.ignored), *(ABSENT + name for name in conversation.absent)]
+        )
         try:
             passes = render_conversation(conversation, self.tokenizer, counts=notes, **self.template_options)
         except RecursionError as error:
             raise ConversationError(f"{conversation.origin}: {TOO_DEEP}") from error
         except NothingLeftError:
             nothing = Counter({NOTE + name: count for name, count in notes.items()})
-            return None, nothing + Counter({"conversations": 1, "dropped": 1, NOTE + NOTHING_LEFT: 1}), 0
+            return None, keys + nothing + Counter({"conversations": 1, "dropped": 1, NOTE + NOTHING_LEFT: 1}), 0
         try:
             kept = passes
             for name, limit in self._limits():
@@ -110,8 +113,7 @@ class TreeMaker:
             pass_tokens=sum(len(p.input_ids) for p in kept),
         )
         counted.update({NOTE + name: count for name, count in notes.items()})
-        counted.update(IGNORED + key for key in conversation.ignored)
-        counted.update(ABSENT + name for name in conversation.absent)
+        counted.update(keys)
         return tree, counted, max(len(p.input_ids) for p in passes)
 
     def fingerprint(self, limits: bool) -> dict:

@@ -80,11 +80,16 @@ def load_conversations(
     conversations = [read_conversation(record, origin, columns) for origin, record in source.read(0, len(source))]
     if not conversations:
         raise ConversationError(f"{source.name}: holds no conversations")
-    _check_columns(source.name, Counter(name for c in conversations for name in c.absent), len(conversations))
+    check_columns(source.name, Counter(name for c in conversations for name in c.absent), len(conversations))
     return conversations
 
 
-def _check_columns(name: str, absent: Mapping[str, int], conversations: int) -> None:
+def check_columns(name: str, absent: Mapping[str, int], conversations: int) -> None:
+    """Refuse a name in `columns` that none of so many conversations has.
+
+    Raises:
+        ConversationError: naming it.
+    """
     for column, count in absent.items():
         if count == conversations:
             origin = f"{name}: " if name else ""
@@ -205,7 +210,7 @@ def _found(path: Path) -> Preparation | None:
 
 
 def _checked(preparation: Preparation, source: Source) -> Preparation:
-    _check_columns(source.name, preparation.absent, preparation.conversations)
+    check_columns(source.name, preparation.absent, preparation.conversations)
     return preparation
 
 

@@ -281,7 +281,7 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
             )
         return
     labels, targets, places = (kwargs.get(name) for name in ("labels", "shift_labels", "logits_to_keep"))
-    if (labels is None) != (targets is None) and torch.is_grad_enabled():
+    if (labels is None) != (targets is None):
         raise ValueError(
             "a tree batch has both labels and shift_labels, or neither, and "
             f"{'labels are' if labels is None else 'shift_labels are'} missing. The Trainer takes labels out for a "
@@ -322,6 +322,12 @@ def check_embedded(model: PreTrainedModel, largest: int) -> None:
         )
 
 
+def with_router_loss(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The configurations that ask for a router's loss: of a model, and of the causal LM inside it."""
+    both = {id(of): of for of in (config, config.get_text_config(decoder=True))}
+    return [of for of in both.values() if getattr(of, "output_router_logits", False)]
+
+
 def check_in_parts(config: PreTrainedConfig, option: str, model_class: type | None = None) -> None:
     """Refuse an architecture of which a row cannot be run in parts, one after the other or on several ranks.
 
@@ -338,7 +344,7 @@ def check_in_parts(config: PreTrainedConfig, option: str, model_class: type | No
     reason = None
     if _is_recurrent(text_class, getattr(text, "layer_types", None) or ()):
         reason = "its recurrent or convolutional layers hand on states, which only the whole row has"
-    elif any(getattr(of, "output_router_logits", False) for of in (config, text)):
+    elif with_router_loss(config):
         reason = "its router's loss is one of all tokens of a row; set output_router_logits=False"
     if reason:
         raise NotImplementedError(

@@ -148,6 +148,7 @@ def rows_at_scale(bench: Benchmark, name: str, count: int) -> None:
                 **{
                     "of it until rows": found["seconds"], "processor time": found["cpu"], "rows": found["rows"],
                     "resident MiB": found["resident"] / 2**20, "of it not of files MiB": found["anonymous"] / 2**20,
+                    "after 100 batches MiB": found["after batches"] / 2**20,
                     "peak MiB": found["peak"] / 2**20, "on disk MiB": found["disk"] / 2**20,
                 },
             )  # fmt: skip
@@ -171,14 +172,15 @@ def start(folder: str, max_tokens: int) -> dict:
     prepared = prepare(open_source(f"{folder}/{DATA}"), maker, cache_dir=cache, progress=False)
     rows = pack(prepared.trees, max_tokens)
     seconds = time.perf_counter() - begin
+    resident, anonymous = _status("VmRSS"), _status("RssAnon")
     collator = OnePassCollator(tokenizer, max_tokens)
     for row in rows[:100]:
         collator([row])
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
         "seconds": seconds, "cpu": sum(u.ru_utime + u.ru_stime for u in used), "rows": len(rows),
-        "tokens": prepared.tokens, "resident": _status("VmRSS"), "anonymous": _status("RssAnon"), "peak": _status("VmHWM"),
-        "disk": sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()),
+        "tokens": prepared.tokens, "resident": resident, "anonymous": anonymous, "peak": _status("VmHWM"),
+        "after batches": _status("VmRSS"), "disk": sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()),
     }  # fmt: skip
 
 

@@ -191,19 +191,21 @@ def memory(result: dict) -> list[list[str]]:
 
 def rows(result: dict) -> list[list[str]]:
     """What sharing saves, and how long it takes to plan."""
-    return _columns(
-        result["rows"],
-        {
-            "conversations": lambda row: row["dataset"],
-            "tokens of a row": lambda row: f"{row['max_tokens']:,}",
-            "tokens": lambda row: f"{row['tokens']:,}",
-            "tokens run": lambda row: f"{row['tokens run']:,}",
-            "fewer by": lambda row: f"{row['fewer tokens by']:.2f}×",
-            "fewer FLOPs by": lambda row: f"{row['fewer FLOPs by']:.2f}×" if "fewer FLOPs by" in row else MISSING,
-            "rows (separate)": lambda row: f"{row['rows']:,} ({row['rows, separate']:,})",
-            "planned in": lambda row: f"{row['seconds to plan']:.2f} s",
-        },
-    )
+    columns = {
+        "conversations": lambda row: row["dataset"],
+        "tokens of a row": lambda row: f"{row['max_tokens']:,}",
+        "tokens": lambda row: f"{row['tokens']:,}",
+        "tokens run": lambda row: f"{row['tokens run']:,}",
+        "fewer by": lambda row: f"{row['fewer tokens by']:.2f}×",
+        "fewer FLOPs by": lambda row: f"{row['fewer FLOPs by']:.2f}×" if "fewer FLOPs by" in row else MISSING,
+        "rows (separate)": lambda row: f"{row['rows']:,} ({row['rows, separate']:,})",
+        "planned in": lambda row: f"{row['seconds to plan']:.2f} s",
+    }
+    if any("seconds of a stream" in row for row in result["rows"]):
+        columns["as a stream, with its rows made"] = lambda row: (
+            f"{row['seconds of a stream']:.0f} s, {row['rows of a stream']:,} rows"
+        )
+    return _columns(result["rows"], columns)
 
 
 def groups(result: dict) -> list[list[str]]:
@@ -292,6 +294,7 @@ def at_scale(result: dict) -> list[list[str]]:
             "rows": lambda row: f"{row['rows']:,}",
             "resident": lambda row: f"{row['resident MiB']:,.0f} MiB",
             "of it not of files": lambda row: f"{row['of it not of files MiB']:,.0f} MiB",
+            "after 100 batches": lambda row: f"{row['after 100 batches MiB']:,.0f} MiB",
             "peak": lambda row: f"{row['peak MiB']:,.0f} MiB",
             "on disk": lambda row: f"{row['on disk MiB']:,.0f} MiB",
         },

@@ -1,6 +1,7 @@
 """What rows save by sharing beginnings across conversations: tokens, FLOPs of a training step, and the time to plan them.
 
-"separate" is the same packing with nothing shared. FLOPs are counted (`flexmask.cost`) for the model of the settings.
+"separate" is the same packing with nothing shared. A stream is packed 512 trees at a time, and its rows are made, too. FLOPs are
+counted (`flexmask.cost`) for the model of the settings.
 
 python benchmarks/rows.py cpu
 """
@@ -12,7 +13,7 @@ import numpy as np
 from common import Benchmark, bars
 from training import SHAPES
 
-from flexmask import Pass, TokenTree, cost, pack
+from flexmask import Pass, TokenTree, cost, pack, pack_stream
 from flexmask.data import build_trees, load_conversations
 from flexmask.demo import texts, train_tokenizer
 from flexmask.packing import sharing
@@ -49,6 +50,10 @@ def fill(bench: Benchmark) -> None:
             if settings.flops:
                 flops, flops_separate = (sum(cost(row, config).one_pass.flops for row in of) for of in (rows, separate))
                 found["fewer FLOPs by"] = flops_separate / flops
+            if getattr(settings, "stream", False):
+                start = time.perf_counter()
+                found["rows of a stream"] = sum(1 for _ in pack_stream(trees, max_tokens))
+                found["seconds of a stream"] = time.perf_counter() - start
             bench.add(**found, **{"seconds to plan": seconds})
 
 

@@ -30,6 +30,9 @@ from .making import TreeMaker, hash_of, tree_maker
 
 CHUNK = 64  # conversations that a process renders at once, and trees of a record batch: some MB of chats, 100 MB of long logs
 PROBE = 8  # conversations of which the time tells how many processes the others are worth
+# Of a record batch in a file, at least. The system maps files in windows (64 KiB), so that of many small batches planning, which
+# reads one column, would have most of the others in memory, too.
+BATCH_BYTES = 2**24
 TREES, COUNTED = "trees.arrow", "counted.json"  # files of a preparation
 
 
@@ -217,7 +220,20 @@ def _checked(preparation: Preparation, source: Source) -> Preparation:
 def _write(folder: Path, source: Source, count: int, maker: TreeMaker, num_proc: int | None, progress: bool) -> Counter:
     bar = tqdm(total=count, desc=f"preparing {source.name}", unit=" conversations", delay=2, disable=not progress)
     with pa.OSFile(str(folder / TREES), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer, bar:
-        counted = _collect(_batches(source, count, maker, num_proc), writer.write_batch, bar.update)
+        pending: list[pa.RecordBatch] = []
+
+        def write() -> None:
+            for batch in pa.Table.from_batches(pending, SCHEMA).combine_chunks().to_batches():
+                writer.write_batch(batch)
+            pending.clear()
+
+        def keep(batch: pa.RecordBatch) -> None:
+            pending.append(batch)
+            if sum(batch.nbytes for batch in pending) >= BATCH_BYTES:
+                write()
+
+        counted = _collect(_batches(source, count, maker, num_proc), keep, bar.update)
+        write()
     (folder / COUNTED).write_text(json.dumps(counted))
     for name in (TREES, COUNTED):  # on the disk before the folder gets its name, else a crash could leave it half empty
         with open(folder / name, "rb+") as file:

@@ -51,10 +51,10 @@ def pack(trees: Sequence[TokenTree], max_tokens: int) -> Rows:
             trunks[len(parts)] = tree.input_ids[paths[passes[0]]]
             parts.append(_Part(index, passes, of_part))
 
+    of_tree = trees.trunk if hasattr(trees, "trunk") else [tree.trunk for tree in trees].__getitem__
+
     def trunk(i: int) -> np.ndarray:
-        if i in trunks:
-            return trunks[i]
-        return trees.trunk(parts[i].tree) if hasattr(trees, "trunk") else trees[parts[i].tree].trunk
+        return trunks[i] if i in trunks else of_tree(parts[i].tree)
 
     found = groups(len(parts), trunk, lambda i: parts[i].of(trees))
     members = {id(group): [_Family([i], parts[i].tokens) for i in group.alone] for group in found}

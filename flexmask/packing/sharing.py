@@ -70,13 +70,15 @@ def groups(count: int, trunk: Callable[[int], np.ndarray], tree: Callable[[int],
 
 def _common_tokens(members: Sequence[int], at_least: int, tree: Callable[[int], TokenTree]) -> int:
     """How many tokens all trees have in common: with the same ancestors."""
-    common = np.unique(
-        _identities(tree(members[0]))
-    )  # a row of a stream is several trees, which may begin alike a little
+    common = np.sort(_identities(tree(members[0])))
+    # A row of a stream is several trees, which may begin alike a little.
+    common = common[np.append(True, common[1:] != common[:-1])]
     for i in members[1:]:
         if len(common) == at_least:
             break
-        common = common[np.isin(common, _identities(tree(i)))]
+        others = np.sort(_identities(tree(i)))
+        places = np.searchsorted(others, common)
+        common = common[others[np.minimum(places, len(others) - 1)] == common]
     return len(common)
 
 

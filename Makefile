@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # The stamp is remade when what is to be installed changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[test]'
 	touch $@
 
 demo: $(VENV)/.installed  ## train a tiny model on generated conversations, and compare with N passes

@@ -237,9 +237,9 @@ def _inspect(argv: list[str]) -> int:
     from .cost import cost
     from .data import tree_maker
     from .inspect import draw_mask, inspect_tree
-    from .loading import first_conversations, open_dataset
+    from .loading import first_conversations, longest_pass, open_dataset
     from .models import load_config, load_tokenizer
-    from .page import Shown, print_tokens, write_page
+    from .page import TOO_LONG, Shown, print_tokens, write_page
 
     description = "Show what conversations become: figures, a picture of the mask, tokens, a page to look at."
     args, template_args, name = _parse(
@@ -257,6 +257,8 @@ def _inspect(argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         config, missing = None, error
 
+    max_length = None if config is None else longest_pass(config, None)
+
     def cost_of(tree) -> str:
         try:
             if missing is not None:
@@ -272,9 +274,12 @@ def _inspect(argv: list[str]) -> int:
     draw_mask(shown.tree, args.output)
     print(f"conversation {args.index} of {len(source)} (--index)\n")
     print(f"{inspect_tree(shown.tree)}\nmask picture: {args.output}\n\n{cost_of(shown.tree)}")
+    if max_length is not None and shown.tree.max_length > max_length:
+        print(TOO_LONG.format(max_length))
     if args.html:
         total = min(len(source), args.max_samples or len(source))
         bar = partial(tqdm, desc="conversations", total=total)
-        write_page(args.html, source, maker, cost_of, first=args.index, max_samples=args.max_samples, progress=bar)
+        options = {"first": args.index, "max_samples": args.max_samples, "max_length": max_length}
+        write_page(args.html, source, maker, cost_of, **options, progress=bar)
         print(f"page: {args.html}")
     return 0

@@ -31,6 +31,9 @@ class OnePassCollator:
         target_per_position: for trainers that compute a loss of their own from shift_labels of every token, such as TRL's
             SFTTrainer. Without weights, and with one target for a token at most.
         **template_options: options of `render_passes`, arguments of the template among them.
+
+    Raises:
+        ValueError: an unknown loss_reduction, or an option of `build_trees` that a collator has not.
     """
 
     def __init__(
@@ -46,6 +49,12 @@ class OnePassCollator:
     ):
         if loss_reduction not in LOSS_REDUCTIONS:
             raise ValueError(f"loss_reduction is {loss_reduction!r}, expected one of {', '.join(LOSS_REDUCTIONS)}")
+        for name in ("columns", "num_proc", "overlong"):
+            if name in template_options:
+                raise ValueError(
+                    f"{name} is an option of flexmask.data.build_trees, which makes trees of conversations ahead; a collator "
+                    "would hand it to the chat template"
+                )
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.max_length = max_length
@@ -85,8 +94,9 @@ class OnePassCollator:
             raise ValueError(
                 f"a batch of {len(examples)} has {len(row)} tokens, a row has {self.max_tokens} (max_tokens); "
                 + "use a smaller per_device_train_batch_size, or " * (len(examples) > 1)
-                + "pack the dataset ahead with flexmask.pack, which splits a tree that is larger than a row, or raise "
-                f"max_tokens; the longest pass, which must fit into a row, has {row.max_length}"
+                + "pack the dataset ahead with flexmask.pack, which splits a tree that is larger than a row, or "
+                * (row.max_length <= self.max_tokens)
+                + f"raise max_tokens; the longest pass, which must fit into a row, has {row.max_length}"
             )
         return row
 

@@ -134,6 +134,8 @@ def merge(adapter: str, output_dir: str | Path, dtype: str = "auto", trust_remot
     """
     from peft import PeftConfig, PeftModel
 
+    if not Path(adapter).exists() and adapter.count("/") != 1:  # the hub's names are user/name
+        raise OSError(f"{adapter}: there is no such folder")
     try:
         config = PeftConfig.from_pretrained(adapter)
     except ValueError as error:

@@ -183,9 +183,12 @@ def _runs_of_equal(values: np.ndarray) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------------------------------ page
 
 PAGE_TOKENS = 100_000  # of rows, in a page: some megabytes
+TOO_LONG = (
+    "the longest pass has more tokens than the model takes, {:,}: raise max_length, or drop or truncate it (overlong)"
+)
 
 
-def _figures(source: Source, maker: TreeMaker, count: int) -> Iterator[dict]:
+def _figures(source: Source, maker: TreeMaker, count: int, max_length: int | None) -> Iterator[dict]:
     """Of each of the first conversations of a source what the table of the page has: what it becomes and what of it is lost; of
     one that cannot be used, why."""
     for index, (origin, record) in enumerate(source.read(0, count)):
@@ -207,8 +210,10 @@ def _figures(source: Source, maker: TreeMaker, count: int) -> Iterator[dict]:
         }
         counts = Counts.of(counted)
         ignored, absent = ", ".join(counts.ignored), ", ".join(counts.absent)
-        notes = "; ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.notes.items())
-        texts = {"keys nobody reads": ignored, "columns that it lacks": absent, "notes": notes}
+        notes = [f"{name} ({n})" if n > 1 else name for name, n in counts.notes.items()]
+        if max_length is not None and longest > max_length:
+            notes.append(TOO_LONG.format(max_length))
+        texts = {"keys nobody reads": ignored, "columns that it lacks": absent, "notes": "; ".join(notes)}
         yield row | {name: text for name, text in texts.items() if text}
 
 
@@ -220,6 +225,7 @@ def write_page(
     *,
     first: int = 0,
     max_samples: int | None = None,
+    max_length: int | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
     """Write a page: a table of all conversations, and as many of them to look into as PAGE_TOKENS allow.
@@ -231,13 +237,14 @@ def write_page(
         cost_of: a tree -> a text about what it costs.
         first: the first conversation to look into.
         max_samples: conversations in the table, at most.
+        max_length: tokens of a pass beyond which the table has a note.
         progress: is given the lines of the table as they are made.
 
     Raises:
         ConversationError: the first conversation cannot be used.
     """
     count = min(len(source), max_samples or len(source))
-    table = list(progress(_figures(source, maker, count)))
+    table = list(progress(_figures(source, maker, count, max_length)))
     conversations, tokens = [], 0
     others = [*range(first + 1, count), *range(min(first, count))]
     for index in [first, *others]:
@@ -250,7 +257,9 @@ def write_page(
         conversations.append({"index": index, "cost": cost_of(shown.tree)} | _conversation(shown))
     data = {
         "title": f"{Path(source.name).name}: what is trained",
-        "about": f"{len(source):,} conversations: {count:,} in the table; {len(conversations):,} can be looked into",
+        "about": f"{len(source):,} conversations: {count:,} in the table; {len(conversations):,} can be looked into"
+        + f", as many as have {PAGE_TOKENS:,} tokens together"
+        * (len(conversations) < sum("error" not in row for row in table)),
         "kinds": KINDS,
         "block": BLOCK_SIZE,
         "table": table,

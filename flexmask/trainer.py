@@ -24,7 +24,7 @@ from .branches import backward_by_branches
 from .card import write_card
 from .collator import OnePassCollator, empty_batch, target_weight
 from .data import build_trees, tree_maker
-from .integrations.transformers import NAME, check_config, check_in_parts, with_router_loss
+from .integrations.transformers import NAME, check_config, check_in_parts, inner_model, with_router_loss
 from .integrations.ulysses import check_heads, share_row
 from .loading import TreeStream, longest_pass
 from .loss import tree_loss
@@ -151,7 +151,7 @@ class OnePassTrainer(Trainer):
         ]
         write_card(
             Path(self.args.output_dir),
-            base_model=getattr(self.model.config, "_name_or_path", None) or None,
+            base_model=inner_model(self.model).name_or_path or None,
             datasets=self.card_datasets,
             adapters=hasattr(self.accelerator.unwrap_model(self.model), "peft_config"),
             sections={"Training": "\n".join([*options, *reached, str(self.progress)])} | self.card_sections,

@@ -119,7 +119,7 @@ class Report:
         lines.append(
             f"{verdict}: one-pass against N-pass ({self.reference}, {str(self.dtype).removeprefix('torch.')} on "
             f"{self.device}), differences relative to the largest, tolerance {loss_tolerance:.0e} for losses, "
-            f"{gradient_tolerance:.0e} for gradients; times are of one run each"
+            f"{gradient_tolerance:.0e} for gradients; times are of one run each; a + b are two conversations in one row"
         )
         return "\n".join(lines)
 

@@ -88,6 +88,7 @@ def test_lora(tmp_path):
     )
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert "Adapters for flexmask/tiny-random" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_evaluation_and_accumulation(tmp_path):
@@ -149,6 +150,19 @@ def test_verify_and_inspect(tmp_path, trained, data, capsys):
     assert "visible pairs" in capsys.readouterr().out and picture.stat().st_size > 10_000
     assert main(["inspect", data, "--tokenizer", str(trained), "--index", "8"]) == 2
     assert "has 8 conversations" in capsys.readouterr().err
+
+
+def test_inspect_tells_what_is_longer_than_the_model_takes(tmp_path, trained, capsys):
+    """The bug guarded: only training said so."""
+    path = tmp_path / "long.jsonl"
+    long, short = demo.conversations(2)
+    long["messages"][0]["content"] = "word " * 9000
+    path.write_text("".join(json.dumps(c) + "\n" for c in (long, short)))
+    flags = ["--tokenizer", str(trained), "--output", str(tmp_path / "mask.png"), "--html", str(tmp_path / "page.html")]
+    for index, told in ((0, True), (1, False)):
+        assert main(["inspect", str(path), *flags, "--index", str(index)]) == 0
+        assert ("more tokens than the model takes, 8,192" in capsys.readouterr().out) == told
+        assert (tmp_path / "page.html").read_text().count("more tokens than the model takes, 8,192") == 1
 
 
 def test_verify_exit_code_tells_a_mismatch(trained, data, monkeypatch, capsys):

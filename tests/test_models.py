@@ -69,7 +69,7 @@ def test_merged_is_what_was_trained(tmp_path, kind):
 
 
 def test_merge_of_what_is_no_adapter(tmp_path, folder, capsys):
-    for path, text in ((folder, "holds no adapter"), (str(tmp_path / "none"), "none")):
+    for path, text in ((folder, "holds no adapter"), (str(tmp_path / "none"), "none: there is no such folder")):
         assert main(["merge", path, "--output_dir", str(tmp_path / "out")]) == 2
         assert text in capsys.readouterr().err.splitlines()[-1]
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": None}))

@@ -224,6 +224,18 @@ def test_one_pass_trainer_needs_a_tokenizer(tmp_path):
         one_pass(tmp_path, CONVERSATIONS)
 
 
+def test_a_pass_that_no_row_holds_is_not_to_be_packed():
+    with pytest.raises(ValueError, match="the longest pass, which must fit into a row, has") as caught:
+        OnePassCollator(TOKENIZER, max_tokens=50)(CONVERSATIONS[:1])
+    assert "flexmask.pack" not in str(caught.value)
+
+
+def test_a_collator_hands_no_option_of_ours_to_the_template():
+    """The bug guarded: overlong="drop" was a variable of the template, and nothing was dropped."""
+    with pytest.raises(ValueError, match=r"overlong is an option of flexmask\.data\.build_trees"):
+        OnePassCollator(TOKENIZER, overlong="drop")
+
+
 def test_tokens_beyond_the_embedding(tmp_path):
     """The bug guarded: an index out of range deep inside the model, or on a GPU an assertion that ends the process."""
     model = demo.tiny_model(TOKENIZER)

@@ -148,10 +148,10 @@ def _limit(passes: list[Pass], name: str, limit: int | None, overlong: str) -> l
     if limit is None or longest <= limit:
         return passes
     if overlong == "error":
-        what = {"max_length": "what the model sees at once", "max_tokens": "a row, which must hold a whole pass"}
+        what = {"max_length": "what the model takes", "max_tokens": "a row, which must hold a whole pass"}
         raise ConversationError(
-            f"its longest pass has {longest} tokens, more than {limit} ({name}: {what[name]}); raise {name}, or "
-            'choose overlong="drop" or overlong="truncate"'
+            f"its longest pass has {longest} tokens, more than {limit} ({name}: {what[name]}); raise {name} (--{name}), or "
+            "choose drop or truncate for overlong (--overlong)"
         )
     if overlong == "drop":
         return []

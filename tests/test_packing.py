@@ -436,7 +436,7 @@ def test_raw_conversations_and_rows_of_a_dataset_give_the_same_batch():
             {"max_tokens": 64},
             "a batch of 2 has 80 tokens, a row has 64 .max_tokens.; use a smaller",
         ),
-        ([chain(80)], {"max_tokens": 64}, "row has 64 .max_tokens.; pack the dataset .* longest pass, .*, has 80"),
+        ([chain(80)], {"max_tokens": 64}, "row has 64 .max_tokens.; raise max_tokens; the longest pass, .*, has 80"),
         ([chain(40)], {"max_length": 30}, "example 0 of the batch: the longest pass has 40 tokens.*max_length"),
         ([chain(4), chain(4, first=1000)], {}, "example 1 of the batch: token id 1000 is outside"),
         ([{"text": "hello"}], {}, r"example 0 of the batch: has the keys text, expected messages"),

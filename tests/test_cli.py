@@ -106,6 +106,15 @@ def test_all_linear_is_what_the_library_calls_it():
     assert lora_config(arguments).target_modules == {"q_proj"}
 
 
+@pytest.mark.parametrize(
+    "given, meant", [("false", None), (False, None), ("True", "last"), (True, "last"), ("last", "last")]
+)
+def test_resuming_or_not_is_said_in_any_form(tmp_path, given, meant):
+    """The bug guarded: "false" was taken for a folder, after everything had been prepared."""
+    arguments = OnePassTrainingArguments(str(tmp_path), use_cpu=True, resume_from_checkpoint=given)
+    assert arguments.resume_from_checkpoint == meant
+
+
 def test_a_mismatch_stops_before_training(tmp_path, monkeypatch, capsys):
     """Planted fault: branches see each other."""
     monkeypatch.setitem(AttentionInterface._global_mapping, "flexmask", broken_attention(leaking))

@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test kernels-check gpu-test gpu-bench lint clean
 
-# The stamp is remade when what is to be installed changes.
+# The stamp is remade when what is to be installed changes. Modules are compiled when they are imported: most never are.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[test]'

@@ -189,13 +189,12 @@ class Loader:
     def _check_columns(self, dataset: DatasetArguments, counts: Counts, is_all: bool) -> None:
         """Of a stream only the beginning is known, and what none of that has may come later."""
         if is_all:
-            check_columns(dataset.name, counts.absent, counts.conversations)
-        for name, count in counts.absent.items():
-            if count == counts.conversations:
-                self.tell(
-                    f"{dataset.name}: none of the first {count} records has the column {name!r}, which columns names; is it "
-                    "misspelt?"
-                )
+            check_columns(dataset.name, counts)
+        for name in counts.never_found:
+            self.tell(
+                f"{dataset.name}: none of the first {counts.conversations} records has the column {name!r}, which columns names; "
+                "is it misspelt?"
+            )
 
     def _parts(self, datasets: Sequence[DatasetArguments], seed: int) -> list[Part]:
         parts = []

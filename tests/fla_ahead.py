@@ -66,11 +66,10 @@ def compile_all(arch: int, kind: str) -> list[str]:
     JITFunction.run, Autotuner.run = compile_only, first_that_fits
     sys.path.insert(0, str(installed()))
     fla = importlib.import_module("flexmask.recurrence.fla")
-    heads, length, size = (2, 4)[kind != "kda"], 160, 128
+    key_heads, heads, length, size = 2, 2 if kind == "kda" else 4, 160, 128
     end = torch.full((1, length), 100, dtype=torch.int32)
     end[:, 70:] = torch.tensor([100] * 30 + [length] * 60)
     end[:, :70] = length
-    key_heads = heads if kind == "kda" else 2
     query, key = torch.zeros(2, 1, length, key_heads, size, dtype=torch.bfloat16)
     value = torch.zeros(1, length, heads, size, dtype=torch.bfloat16)
     gate = torch.zeros(1, length, heads, *([size] if kind == "kda" else []))

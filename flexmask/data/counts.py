@@ -46,6 +46,11 @@ class Counts:
     ignored: Mapping[str, int] = field(default_factory=dict)
     absent: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def never_found(self) -> list[str]:
+        """Names of `columns` that no conversation has."""
+        return [name for name, count in self.absent.items() if count == self.conversations]
+
     @classmethod
     def of(cls, counted: Mapping[str, int], **more):
         """From what a `TreeMaker` counts."""

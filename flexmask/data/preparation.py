@@ -83,22 +83,20 @@ def load_conversations(
     conversations = [read_conversation(record, origin, columns) for origin, record in source.read(0, len(source))]
     if not conversations:
         raise ConversationError(f"{source.name}: holds no conversations")
-    check_columns(source.name, Counter(name for c in conversations for name in c.absent), len(conversations))
+    absent = Counter(name for c in conversations for name in c.absent)
+    check_columns(source.name, Counts(conversations=len(conversations), absent=absent))
     return conversations
 
 
-def check_columns(name: str, absent: Mapping[str, int], conversations: int) -> None:
-    """Refuse a name in `columns` that none of so many conversations has.
+def check_columns(name: str, counts: Counts) -> None:
+    """Refuse a name in `columns` that no conversation of a source has.
 
     Raises:
         ConversationError: naming it.
     """
-    for column, count in absent.items():
-        if count == conversations:
-            origin = f"{name}: " if name else ""
-            raise ConversationError(
-                f"{origin}no record has the column {column!r}, which columns names; is it misspelt?"
-            )
+    for column in counts.never_found:
+        origin = f"{name}: " if name else ""
+        raise ConversationError(f"{origin}no record has the column {column!r}, which columns names; is it misspelt?")
 
 
 def build_trees(conversations: Iterable[Mapping], tokenizer, *, num_proc: int | None = None, **options) -> Preparation:
@@ -213,7 +211,7 @@ def _found(path: Path) -> Preparation | None:
 
 
 def _checked(preparation: Preparation, source: Source) -> Preparation:
-    check_columns(source.name, preparation.absent, preparation.conversations)
+    check_columns(source.name, preparation)
     return preparation
 
 

@@ -114,7 +114,7 @@ class TokenTree:
         passes = list(passes)
         if not passes:
             raise ValueError("from_passes: got no passes, expected at least one")
-        runs, paths = _prefix_tree([_token_array(p, i) for i, p in enumerate(passes)])
+        sequences = [_token_array(p, i) for i, p in enumerate(passes)]
         supervised = [np.flatnonzero(np.asarray(p.loss_mask, dtype=bool)) for p in passes]
         for i, positions in enumerate(supervised):
             if len(positions) and positions[0] == 0:
@@ -122,6 +122,14 @@ class TokenTree:
                     f"pass {i} supervises its first token, which has no context to be predicted from; "
                     "start the pass with at least one token (a BOS token, say) that is not supervised"
                 )
+        return cls._from_sequences(sequences, supervised, _weights(passes, supervised, loss_reduction))
+
+    @classmethod
+    def _from_sequences(
+        cls, sequences: Sequence[np.ndarray], supervised: Sequence[np.ndarray], weights: np.ndarray
+    ) -> TokenTree:
+        """Of the tokens of each pass, the positions that it supervises, ascending, and the weights of all of these."""
+        runs, paths = _prefix_tree(sequences)
         target_of = np.concatenate([path[positions] for path, positions in zip(paths, supervised)])
         parent_of = np.concatenate([path[positions - 1] for path, positions in zip(paths, supervised)])
         # A token supervised by several passes is one target, and its weights count together.
@@ -135,7 +143,7 @@ class TokenTree:
             target_index=parent_of[first],
             target_ids=input_ids[target_nodes],
             pass_targets=pass_targets.astype(np.int64),
-            pass_weights=_weights(passes, supervised, loss_reduction),
+            pass_weights=weights,
             pass_supervised=np.array([len(s) for s in supervised], np.int64),
             pass_end=np.array([path[-1] for path in paths], np.int64),
         )
@@ -143,15 +151,18 @@ class TokenTree:
     def passes(self) -> list[Pass]:
         """The passes again, their weights as token weights. `from_passes` of them is this tree, if it is no forest of
         equal trees."""
-        positions = self.position_ids[self.target_index[self.pass_targets]] + 1
-        passes, start = [], 0
-        for path, count in zip(self.paths(), self.pass_supervised):
-            loss_mask, weight = np.zeros(len(path), bool), np.zeros(len(path), np.float32)
-            loss_mask[positions[start : start + count]] = True
-            weight[positions[start : start + count]] = self.pass_weights[start : start + count]
-            passes.append(Pass(self.input_ids[path], loss_mask, token_weight=weight))
-            start += count
+        weights = np.split(self.pass_weights, self.pass_supervised.cumsum()[:-1])
+        passes = []
+        for path, positions, weight in zip(self.paths(), self._supervised(), weights):
+            loss_mask, token_weight = np.zeros(len(path), bool), np.zeros(len(path), np.float32)
+            loss_mask[positions], token_weight[positions] = True, weight
+            passes.append(Pass(self.input_ids[path], loss_mask, token_weight=token_weight))
         return passes
+
+    def _supervised(self) -> list[np.ndarray]:
+        """For each pass the positions of its supervised tokens, int64, ascending."""
+        positions = self.position_ids[self.target_index[self.pass_targets]] + 1
+        return np.split(positions, self.pass_supervised.cumsum()[:-1])
 
     def paths(self) -> list[np.ndarray]:
         """For each pass the places of its tokens in the row, int64: its last token and the ancestors of that."""
@@ -161,7 +172,11 @@ class TokenTree:
     def merge(cls, trees: Sequence[TokenTree]) -> TokenTree:
         """The passes of several trees, in their order, as one tree: tokens with the same ancestors are there once. Weights stay
         what they are, so that a target of several trees has the sum of theirs."""
-        return cls.from_passes([p for tree in trees for p in tree.passes()])
+        return cls._from_sequences(
+            [tree.input_ids[path] for tree in trees for path in tree.paths()],
+            [positions for tree in trees for positions in tree._supervised()],
+            np.concatenate([tree.pass_weights for tree in trees]),
+        )
 
     @classmethod
     def concat(cls, trees: Sequence[TokenTree]) -> TokenTree:
@@ -291,8 +306,11 @@ def _prefix_tree(sequences: list[np.ndarray]) -> tuple[list[_Run], list[np.ndarr
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     """How many tokens two sequences have in common before the first that differs."""
     n = min(len(a), len(b))
+    if not n:
+        return 0
     differ = a[:n] != b[:n]
-    return int(differ.argmax()) if differ.any() else n
+    at = int(differ.argmax())
+    return at if differ[at] else n
 
 
 def _weights(passes: list[Pass], supervised: list[np.ndarray], loss_reduction: str) -> np.ndarray:

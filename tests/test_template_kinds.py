@@ -206,18 +206,33 @@ def test_tools_under_another_argument():
     assert "Add two numbers" in turns(template, [user("Q"), answer("A")], xml_tools=TOOLS)[0][0]
 
 
-def test_a_call_in_a_loop_that_history_writes_in_another_way():
-    """DeepSeek-V3 runs the calls of a loop together, so that the second one does not begin as a model begins it."""
-    template = (
-        "{% set ns = namespace(first=true) %}{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}<a>"
-        "{% elif m.role == 'tool' %}<out>{{ m.content }}{% elif m.tool_calls %}{% if ns.first %}<calls>{% endif %}"
-        "{% set ns.first = false %}<c>{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}"
-        "<|im_end|>{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-        "{% if messages[-1].role == 'tool' and add_generation_prompt %}</out>{% endif %}"
-    )
-    result = {"role": "tool", "content": "3"}
-    found = completions(template, [user("Q"), call(1, 2), result, call(3, 3), result, answer("6")])
-    assert found[:2] == [f'<calls><c>add{{"a": {a}, "b": {b}}}<|im_end|>' for a, b in ((1, 2), (3, 3))]
+# Opens the list of calls once in a conversation, as DeepSeek-V3 does. NUMBER: of the calls before.
+OPENS_CALLS_ONCE = (
+    "{% set ns = namespace(calls=0) %}{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}"
+    "{% elif m.role == 'tool' %}<out>{{ m.content }}{% elif m.tool_calls %}{% if not ns.calls %}<a><calls>{% endif %}"
+    "<c>NUMBER{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}<|im_end|>"
+    "{% set ns.calls = ns.calls + 1 %}{% else %}<a>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '</out>' if messages[-1].role == 'tool' else '<a>' }}{% endif %}"
+)
+
+
+def test_a_call_that_history_writes_in_another_way():
+    """DeepSeek-V3: a later call is written without the tag that opens the list, in a loop and after a user. A model that left it
+    out would not be understood."""
+    result, calls = {"role": "tool", "content": "3"}, [call(1, 2), call(3, 3), call(4, 5)]
+    messages = [user("Q"), calls[0], result, calls[1], result, answer("6", train=False), user("More?"), calls[2]]
+    template = OPENS_CALLS_ONCE.replace("NUMBER", "")
+    assert completions(template, messages) == [
+        f'<calls><c>add{{"a": {a}, "b": {b}}}<|im_end|>' for a, b in ((1, 2), (3, 3), (4, 5))
+    ]
+
+
+@pytest.mark.parametrize("after", [[{"role": "tool", "content": "3"}], [answer("3", train=False), user("More?")]])
+def test_an_opening_that_only_this_conversation_has(after):
+    """Cohere2MoE numbers its calls: what a shorter conversation shows is not what opens the second."""
+    template = OPENS_CALLS_ONCE.replace("NUMBER", "{{ ns.calls }} ")
+    with pytest.raises(ConversationError, match=r"message \d \(assistant\): .* does not continue its own prompt"):
+        turns(template, [user("Q"), call(1, 2), *after, call(3, 3)])
 
 
 # Forms of content, and roles.

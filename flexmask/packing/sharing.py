@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -82,7 +83,10 @@ def _common_tokens(members: Sequence[int], at_least: int, tree: Callable[[int], 
     return len(common)
 
 
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # any odd number of 64 bits without a pattern
+@functools.lru_cache(maxsize=2)
+def _powers(count: int) -> np.ndarray:
+    """uint64[count], of a factor that is any odd number of 64 bits without a pattern."""
+    return np.multiply.accumulate(np.full(count, 0x9E3779B97F4A7C15, np.uint64))
 
 
 def _identities(tree: TokenTree) -> np.ndarray:
@@ -90,11 +94,11 @@ def _identities(tree: TokenTree) -> np.ndarray:
     positions = tree.position_ids
     mixed = (tree.input_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
     mixed ^= mixed >> np.uint64(32)
-    mixed *= np.multiply.accumulate(np.full(tree.max_length, _FACTOR))[positions]
-    found, path = np.empty_like(mixed), np.zeros(tree.max_length + 1, np.uint64)  # path[n]: of its first n tokens
-    starts = np.flatnonzero(
-        np.diff(positions, prepend=-2) != 1
-    )  # of chains; any other token is the child of the one before
+    length = tree.max_length
+    mixed *= _powers(1 << length.bit_length())[positions]
+    found, path = np.empty_like(mixed), np.zeros(length + 1, np.uint64)  # path[n]: of its first n tokens
+    # Of chains; any other token is the child of the one before.
+    starts = np.append(0, np.flatnonzero(positions[1:] != positions[:-1] + 1) + 1)
     for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(positions)], strict=True):
         depth = positions[start]
         found[start:stop] = path[depth] + mixed[start:stop].cumsum()

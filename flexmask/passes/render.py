@@ -283,8 +283,7 @@ class _Renderer:
         at -= len(space) if answered[:at].endswith(space) else 0
         try:
             lead = template.lead(turn.kind)
-            as_learned = lead.is_history_otherwise or unmarked(answered[:at]).endswith(lead.opening)
-            if not prompt.endswith(lead.prompt_end) or not as_learned:  # Cohere2MoE numbers the calls of a conversation
+            if not (prompt.endswith(lead.prompt_end) and lead.opens(unmarked(answered[:at]))):
                 raise Mismatch
         except Mismatch as error:
             raise self._error(turn.index, str(template.mismatch(prompt, answered))) from error

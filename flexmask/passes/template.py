@@ -51,18 +51,28 @@ class Lead:
 
     Attributes:
         prompt_end: how the prompt has to end, from the last message on.
-        is_history_otherwise: whether history writes another opening than the model.
     """
 
     before: str
     after: str
     opening: str
     prompt_end: str
-    is_history_otherwise: bool = False
 
     def text(self, reasoning: str) -> str:
         """The whole of it."""
         return self.before + reasoning + self.after + self.opening
+
+    def opens(self, written: str) -> bool:
+        """Whether a text ends with the opening, of which tags at its beginning may be missing: DeepSeek-V3 opens the list of
+        calls once in a conversation, and leaves that out from then on. Anything else that differs may be what only this
+        conversation has (Cohere2MoE numbers its calls)."""
+        expected = self.opening
+        while not written.endswith(expected):
+            tag = TAG.match(expected.lstrip())
+            expected = expected.lstrip()[tag.end() :] if tag else ""
+            if not expected.strip():
+                return False
+        return True
 
 
 class Mismatch(ConversationError):
@@ -143,7 +153,7 @@ class Template(ChatTemplate):
         if rest.strip() and not self._is_closed(rest, stub):
             # History writes the message in another way (DeepSeek-V3 runs the calls of a loop together). A model begins its
             # turn as it does after a user.
-            return Lead("", "", self._stub_after_user(kind, prompt, answered), prompt, is_history_otherwise=True)
+            return Lead("", "", self._stub_after_user(kind, prompt, answered), prompt)
         if not kind.reasoning:
             if self.thinks(rest):  # a thought that the prompt has ended is not ended again
                 opening = empty[len(empty.rstrip()) :] + opening

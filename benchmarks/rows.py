@@ -6,11 +6,13 @@ counted (`flexmask.cost`) for the model of the settings.
 python benchmarks/rows.py cpu
 """
 
+import json
+import sys
 import time
 from unittest.mock import patch
 
 import numpy as np
-from common import Benchmark, bars
+from common import Benchmark, bars, in_own_process
 from training import SHAPES
 
 from flexmask import Pass, TokenTree, cost, pack, pack_stream
@@ -27,34 +29,36 @@ def main() -> None:
 
 
 def fill(bench: Benchmark) -> None:
-    settings = bench.settings
-    config = SHAPES[settings.shape](max_position_embeddings=2**20)
-    for name, what in settings.datasets.items():
-        trees = trees_of(**what)
-        tokens = sum(map(len, trees))
-        for max_tokens in settings.max_tokens:
-            if max_tokens < max(tree.max_length for tree in trees):
-                continue
-            with patch.object(sharing, "LEAST_SHARED", 2**62):
-                separate, _ = planned(trees, max_tokens)
-            rows, seconds = planned(trees, max_tokens)
-            run, run_separate = (sum(map(len, of)) for of in (rows, separate))
-            found = {
-                "dataset": name,
-                "max_tokens": max_tokens,
-                "trees": len(trees),
-                "tokens": tokens,
-                "tokens run": run,
-            }
-            found |= {"rows": len(rows), "rows, separate": len(separate), SAVED: run_separate / run}
-            if settings.flops:
-                flops, flops_separate = (sum(cost(row, config).one_pass.flops for row in of) for of in (rows, separate))
-                found["fewer FLOPs by"] = flops_separate / flops
-            if getattr(settings, "stream", False):
-                start = time.perf_counter()
-                found["rows of a stream"] = sum(1 for _ in pack_stream(trees, max_tokens))
-                found["seconds of a stream"] = time.perf_counter() - start
-            bench.add(**found, **{"seconds to plan": seconds})
+    settings = vars(bench.settings)
+    for name, what in settings["datasets"].items():
+        spec = {**settings, "dataset": what}
+        found = in_own_process(__file__, json.dumps(spec)) if settings.get("own_processes") else measured(spec)
+        for row in found:
+            bench.add(dataset=name, **row)
+
+
+def measured(spec: dict) -> list[dict]:
+    """A row of the result for each size of rows that holds the longest pass."""
+    config = SHAPES[spec["shape"]](max_position_embeddings=2**20)
+    trees, measured = trees_of(**spec["dataset"]), []
+    for max_tokens in spec["max_tokens"]:
+        if max_tokens < max(tree.max_length for tree in trees):
+            continue
+        with patch.object(sharing, "LEAST_SHARED", 2**62):
+            separate, _ = planned(trees, max_tokens)
+        rows, seconds = planned(trees, max_tokens)
+        run, run_separate = (sum(map(len, of)) for of in (rows, separate))
+        found = {"max_tokens": max_tokens, "trees": len(trees), "tokens": sum(map(len, trees)), "tokens run": run}
+        found |= {"rows": len(rows), "rows, separate": len(separate), SAVED: run_separate / run}
+        if spec["flops"]:
+            flops, flops_separate = (sum(cost(row, config).one_pass.flops for row in of) for of in (rows, separate))
+            found["fewer FLOPs by"] = flops_separate / flops
+        if spec.get("stream"):
+            start = time.perf_counter()
+            found["rows of a stream"] = sum(1 for _ in pack_stream(trees, max_tokens))
+            found["seconds of a stream"] = time.perf_counter() - start
+        measured.append({**found, "seconds to plan": seconds})
+    return measured
 
 
 def planned(trees, max_tokens: int):
@@ -92,4 +96,7 @@ def draw(rows: list[dict], axis) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1].startswith("{"):
+        print(json.dumps(measured(json.loads(sys.argv[1]))))
+    else:
+        main()

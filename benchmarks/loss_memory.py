@@ -74,7 +74,7 @@ def draw(rows: list[dict], memory, time) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1].startswith("{"):
+    if "".join(sys.argv[1:2]).startswith("{"):
         print(json.dumps(_measure(json.loads(sys.argv[1]))))
     else:
         main()

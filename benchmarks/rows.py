@@ -9,6 +9,7 @@ python benchmarks/rows.py cpu
 import json
 import sys
 import time
+from collections.abc import Iterator
 from unittest.mock import patch
 
 import numpy as np
@@ -37,10 +38,10 @@ def fill(bench: Benchmark) -> None:
             bench.add(dataset=name, **row)
 
 
-def measured(spec: dict) -> list[dict]:
+def measured(spec: dict) -> Iterator[dict]:
     """A row of the result for each size of rows that holds the longest pass."""
     config = SHAPES[spec["shape"]](max_position_embeddings=2**20)
-    trees, measured = trees_of(**spec["dataset"]), []
+    trees = trees_of(**spec["dataset"])
     for max_tokens in spec["max_tokens"]:
         if max_tokens < max(tree.max_length for tree in trees):
             continue
@@ -57,8 +58,7 @@ def measured(spec: dict) -> list[dict]:
             start = time.perf_counter()
             found["rows of a stream"] = sum(1 for _ in pack_stream(trees, max_tokens))
             found["seconds of a stream"] = time.perf_counter() - start
-        measured.append({**found, "seconds to plan": seconds})
-    return measured
+        yield {**found, "seconds to plan": seconds}
 
 
 def planned(trees, max_tokens: int):
@@ -96,7 +96,7 @@ def draw(rows: list[dict], axis) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1].startswith("{"):
-        print(json.dumps(measured(json.loads(sys.argv[1]))))
+    if "".join(sys.argv[1:2]).startswith("{"):
+        print(json.dumps(list(measured(json.loads(sys.argv[1])))))
     else:
         main()

@@ -130,7 +130,7 @@ class TokenTree:
     ) -> TokenTree:
         """Of the tokens of each pass, the positions that it supervises, ascending, and the weights of all of these."""
         runs, paths = _prefix_tree(sequences)
-        target_of = np.concatenate([path[positions] for path, positions in zip(paths, supervised)])
+        target_of = np.concatenate([path[positions] for path, positions in zip(paths, supervised, strict=True)])
         parent_of = np.concatenate([path[positions - 1] for path, positions in zip(paths, supervised)])
         # A token supervised by several passes is one target, and its weights count together.
         target_nodes, first, pass_targets = np.unique(target_of, return_index=True, return_inverse=True)
@@ -153,13 +153,13 @@ class TokenTree:
         equal trees."""
         weights = np.split(self.pass_weights, self.pass_supervised.cumsum()[:-1])
         passes = []
-        for path, positions, weight in zip(self.paths(), self._supervised(), weights):
+        for path, positions, weight in zip(self.paths(), self._supervised_positions(), weights):
             loss_mask, token_weight = np.zeros(len(path), bool), np.zeros(len(path), np.float32)
             loss_mask[positions], token_weight[positions] = True, weight
             passes.append(Pass(self.input_ids[path], loss_mask, token_weight=token_weight))
         return passes
 
-    def _supervised(self) -> list[np.ndarray]:
+    def _supervised_positions(self) -> list[np.ndarray]:
         """For each pass the positions of its supervised tokens, int64, ascending."""
         positions = self.position_ids[self.target_index[self.pass_targets]] + 1
         return np.split(positions, self.pass_supervised.cumsum()[:-1])
@@ -172,9 +172,11 @@ class TokenTree:
     def merge(cls, trees: Sequence[TokenTree]) -> TokenTree:
         """The passes of several trees, in their order, as one tree: tokens with the same ancestors are there once. Weights stay
         what they are, so that a target of several trees has the sum of theirs."""
+        if not trees:
+            raise ValueError("merge: got no trees, expected at least one")
         return cls._from_sequences(
             [tree.input_ids[path] for tree in trees for path in tree.paths()],
-            [positions for tree in trees for positions in tree._supervised()],
+            [positions for tree in trees for positions in tree._supervised_positions()],
             np.concatenate([tree.pass_weights for tree in trees]),
         )
 

@@ -107,6 +107,15 @@ def test_smallest_size(name, tmp_path, monkeypatch):
                 assert report.MISSING in lines[0] and "" not in lines[0][1:]
 
 
+def test_rows_of_a_dataset_in_a_process_of_its_own(monkeypatch, capsys):
+    smoke = yaml.safe_load((BENCHMARKS / "configs" / "rows.yaml").read_text())["smoke"]
+    [dataset] = smoke["datasets"].values()
+    monkeypatch.setattr(sys, "argv", ["rows.py", json.dumps({**smoke, "dataset": dataset})])
+    runpy.run_path(str(BENCHMARKS / "rows.py"), run_name="__main__")
+    [row] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["tokens run"] < row["tokens"] and row["rows of a stream"]
+
+
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_tables_of_the_pages_are_those_of_the_results(page):
     """A figure in a table that no result file has."""

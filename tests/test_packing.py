@@ -1,6 +1,6 @@
-import dataclasses
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -15,6 +15,7 @@ from templates import TOOL_LOOP, TOOLS, answer, tokenizer, user
 
 from flexmask import OnePassCollator, Pass, TokenTree, pack, pack_stream, render_passes, split
 from flexmask.packing import sharing, splitting
+from flexmask.tree import LOSS_REDUCTIONS
 
 
 def chain(length, first=1):
@@ -94,7 +95,7 @@ def test_trees_that_begin_alike_become_one(seed, count, generosity, least, strea
     rng = np.random.default_rng(seed)
     trees = [
         TokenTree.from_passes(
-            [dataclasses.replace(p, weight=rng.integers(0, 5) / 4) for p in random_passes(rng, rng.integers(1, 4))]
+            [replace(p, weight=rng.integers(0, 5) / 4) for p in random_passes(rng, rng.integers(1, 4))]
         )
         for _ in range(count)
     ]
@@ -120,13 +121,21 @@ def test_trees_that_begin_alike_become_one(seed, count, generosity, least, strea
         assert least > 1 or max(beginnings.values()) == 1
 
 
-def test_a_common_tree_is_that_of_all_passes():
-    rng = np.random.default_rng(0)
-    conversations = [random_passes(rng, 4) for _ in range(3)]
-    trees = [TokenTree.from_passes(passes) for passes in conversations]
-    merged, expected = TokenTree.merge(trees), TokenTree.from_passes([p for passes in conversations for p in passes])
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("loss_reduction", LOSS_REDUCTIONS)
+def test_a_common_tree_is_that_of_all_passes(seed, loss_reduction):
+    """Also of passes with weights, or without a target, of equal trees, and of a forest."""
+    rng = np.random.default_rng(seed)
+    conversations = []
+    for _ in range(3):
+        passes = [replace(p, weight=float(rng.choice([0, 1 / 3, 2]))) for p in random_passes(rng, 4)]
+        passes.append(replace(passes[0], loss_mask=np.zeros(len(passes[0].input_ids), bool)))
+        conversations.append(passes)
+    trees = [TokenTree.from_passes(passes, loss_reduction=loss_reduction) for passes in conversations]
+    trees += [trees[0], TokenTree.concat(trees[1:])]
+    merged, expected = TokenTree.merge(trees), TokenTree.from_passes([p for tree in trees for p in tree.passes()])
     for name, column in expected.to_dict().items():
-        assert (getattr(merged, name) == column).all(), name
+        np.testing.assert_array_equal(getattr(merged, name), column, err_msg=name, strict=True)
 
 
 def beginning_with(beginning, *lengths):
@@ -156,7 +165,7 @@ def test_branches_in_common_count():
     trees = []
     for k in range(3):
         last = np.append(np.asarray(passes[-1].input_ids)[:-90], np.full(90, 2000 + k))
-        trees.append(TokenTree.from_passes([*passes[:-1], dataclasses.replace(passes[-1], input_ids=last)]))
+        trees.append(TokenTree.from_passes([*passes[:-1], replace(passes[-1], input_ids=last)]))
     expected = len(trees[0]) + 2 * 90
     rows = pack(trees, expected)
     assert [len(row) for row in rows] == [expected] == rows.lengths.tolist()
@@ -274,7 +283,7 @@ def test_a_split_loses_nothing(seed, num_passes, generosity, forest):
     """Every supervised token of every pass once, with its weight; for many passes and for forests too. What nothing is
     trained of is left out where a tree is split, and no part is without targets."""
     rng = np.random.default_rng(seed)
-    passes = [dataclasses.replace(p, weight=rng.integers(1, 5) / 4) for p in random_passes(rng, num_passes)]
+    passes = [replace(p, weight=rng.integers(1, 5) / 4) for p in random_passes(rng, num_passes)]
     tree = TokenTree.from_passes(passes)
     if forest:
         tree = TokenTree.concat([tree, TokenTree.from_passes(random_passes(rng, 3))])

@@ -206,31 +206,44 @@ def test_tools_under_another_argument():
     assert "Add two numbers" in turns(template, [user("Q"), answer("A")], xml_tools=TOOLS)[0][0]
 
 
-# Opens the list of calls once in a conversation, as DeepSeek-V3 does. NUMBER: of the calls before.
+# Opens the list of calls once in a conversation, as DeepSeek-V3 does.
 OPENS_CALLS_ONCE = (
     "{% set ns = namespace(calls=0) %}{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}"
-    "{% elif m.role == 'tool' %}<out>{{ m.content }}{% elif m.tool_calls %}{% if not ns.calls %}<a><calls>{% endif %}"
-    "<c>NUMBER{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}<|im_end|>"
+    "{% elif m.role == 'tool' %}<out>{{ m.content }}{% elif m.tool_calls %}"
+    "{% if not ns.calls %}<a>FIRST{% else %}LATER{% endif %}"
+    "{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}<|im_end|>"
     "{% set ns.calls = ns.calls + 1 %}{% else %}<a>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '</out>' if messages[-1].role == 'tool' else '<a>' }}{% endif %}"
 )
+RESULT = {"role": "tool", "content": "3"}
+IN_A_LOOP, AFTER_A_USER = [RESULT], [RESULT, answer("6", train=False), user("More?")]
 
 
-def test_a_call_that_history_writes_in_another_way():
-    """DeepSeek-V3: a later call is written without the tag that opens the list, in a loop and after a user. A model that left it
-    out would not be understood."""
-    result, calls = {"role": "tool", "content": "3"}, [call(1, 2), call(3, 3), call(4, 5)]
-    messages = [user("Q"), calls[0], result, calls[1], result, answer("6", train=False), user("More?"), calls[2]]
-    template = OPENS_CALLS_ONCE.replace("NUMBER", "")
-    assert completions(template, messages) == [
-        f'<calls><c>add{{"a": {a}, "b": {b}}}<|im_end|>' for a, b in ((1, 2), (3, 3), (4, 5))
+@pytest.mark.parametrize("after", [IN_A_LOOP, AFTER_A_USER])
+@pytest.mark.parametrize(
+    "first, later", [("<calls><c>", "<c>"), ("<calls>\n<c>", "\n<c>"), ("<calls>\n<c>", "<c>"), ("<calls>", "")]
+)
+def test_a_call_that_history_writes_without_its_first_tag(first, later, after):
+    """DeepSeek-V3, in a loop and after a user. A model that left the tag out would not be understood."""
+    template = OPENS_CALLS_ONCE.replace("FIRST", first).replace("LATER", later)
+    assert completions(template, [user("Q"), call(1, 2), *after, call(3, 3)]) == [
+        f'{first}add{{"a": {a}, "b": {b}}}<|im_end|>' for a, b in ((1, 2), (3, 3))
     ]
 
 
-@pytest.mark.parametrize("after", [[{"role": "tool", "content": "3"}], [answer("3", train=False), user("More?")]])
-def test_an_opening_that_only_this_conversation_has(after):
+@pytest.mark.parametrize("after", [IN_A_LOOP, AFTER_A_USER])
+@pytest.mark.parametrize(
+    "first, later",
+    [
+        ("<c>{{ ns.calls }} ", "<c>{{ ns.calls }} "),
+        ("<call_{{ ns.calls }}><name>", "<call_{{ ns.calls }}><name>"),
+        ("<calls><c>", "<more><c>"),
+        ("<calls>1. ", "2. "),
+    ],
+)
+def test_an_opening_that_only_this_conversation_has(first, later, after):
     """Cohere2MoE numbers its calls: what a shorter conversation shows is not what opens the second."""
-    template = OPENS_CALLS_ONCE.replace("NUMBER", "{{ ns.calls }} ")
+    template = OPENS_CALLS_ONCE.replace("FIRST", first).replace("LATER", later)
     with pytest.raises(ConversationError, match=r"message \d \(assistant\): .* does not continue its own prompt"):
         turns(template, [user("Q"), call(1, 2), *after, call(3, 3)])
 

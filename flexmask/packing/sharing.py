@@ -83,14 +83,14 @@ def _common_tokens(members: Sequence[int], at_least: int, tree: Callable[[int], 
     return len(common)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache  # for powers of two, which together are twice the largest
 def _powers(count: int) -> np.ndarray:
-    """uint64[count], of a factor that is any odd number of 64 bits without a pattern."""
+    """uint64[count]: factor, factor², …; the factor is any odd number of 64 bits without a pattern."""
     return np.multiply.accumulate(np.full(count, 0x9E3779B97F4A7C15, np.uint64))
 
 
 def _identities(tree: TokenTree) -> np.ndarray:
-    """uint64[L], the same for tokens with the same ancestors in any tree: Σ mixed(token) · factor ** position over the path."""
+    """uint64[L], the same for tokens with the same ancestors in any tree: Σ mixed(token) · factor^(position + 1) over a path."""
     positions = tree.position_ids
     mixed = (tree.input_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
     mixed ^= mixed >> np.uint64(32)

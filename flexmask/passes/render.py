@@ -283,7 +283,7 @@ class _Renderer:
         at -= len(space) if answered[:at].endswith(space) else 0
         try:
             lead = template.lead(turn.kind)
-            if not (prompt.endswith(lead.prompt_end) and lead.opens(unmarked(answered[:at]))):
+            if not (prompt.endswith(lead.prompt_end) and lead.opens(unmarked(answered[:at]), prompt)):
                 raise Mismatch
         except Mismatch as error:
             raise self._error(turn.index, str(template.mismatch(prompt, answered))) from error

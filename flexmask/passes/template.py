@@ -62,17 +62,18 @@ class Lead:
         """The whole of it."""
         return self.before + reasoning + self.after + self.opening
 
-    def opens(self, written: str) -> bool:
-        """Whether a text ends with the opening, of which tags at its beginning may be missing: DeepSeek-V3 opens the list of
-        calls once in a conversation, and leaves that out from then on. Anything else that differs may be what only this
-        conversation has (Cohere2MoE numbers its calls)."""
+    def opens(self, written: str, prompt: str) -> bool:
+        """Whether what is written before the first visible piece ends with the opening, of which tags at the beginning may be
+        missing, with nothing in their place but the prompt: DeepSeek-V3 opens the list of calls once in a conversation, and
+        leaves that out from then on. Anything else that differs may be what only this conversation has (Cohere2MoE numbers
+        its calls)."""
         expected = self.opening
         while not written.endswith(expected):
             tag = TAG.match(expected.lstrip())
-            expected = expected.lstrip()[tag.end() :] if tag else ""
-            if not expected.strip():
+            if not tag:
                 return False
-        return True
+            expected = expected.lstrip()[tag.end() :].lstrip()
+        return expected == self.opening or prompt.startswith(written.removesuffix(expected).rstrip())
 
 
 class Mismatch(ConversationError):

@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 
 # OpenMP's threads spin while they wait, which on a busy machine takes the time of those that work (benchmarks/LOG.md).
 export OMP_WAIT_POLICY ?= PASSIVE
+# A hundred tests start a process, and importing everything takes seconds where bytecode is kept, and three times that without.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test kernels-check gpu-test gpu-bench lint clean
 

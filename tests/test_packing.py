@@ -121,9 +121,18 @@ def test_trees_that_begin_alike_become_one(seed, count, generosity, least, strea
         assert least > 1 or max(beginnings.values()) == 1
 
 
+def test_a_common_tree_is_that_of_all_passes():
+    rng = np.random.default_rng(0)
+    conversations = [random_passes(rng, 4) for _ in range(3)]
+    trees = [TokenTree.from_passes(passes) for passes in conversations]
+    merged, expected = TokenTree.merge(trees), TokenTree.from_passes([p for passes in conversations for p in passes])
+    for name, column in expected.to_dict().items():
+        assert (getattr(merged, name) == column).all(), name
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("loss_reduction", LOSS_REDUCTIONS)
-def test_a_common_tree_is_that_of_all_passes(seed, loss_reduction):
+def test_a_common_tree_is_that_of_the_passes_of_its_trees(seed, loss_reduction):
     """Also of passes with weights, or without a target, of equal trees, and of a forest."""
     rng = np.random.default_rng(seed)
     conversations = []

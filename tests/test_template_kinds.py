@@ -206,6 +206,20 @@ def test_tools_under_another_argument():
     assert "Add two numbers" in turns(template, [user("Q"), answer("A")], xml_tools=TOOLS)[0][0]
 
 
+def test_a_call_in_a_loop_that_history_writes_in_another_way():
+    """DeepSeek-V3 runs the calls of a loop together, so that the second one does not begin as a model begins it."""
+    template = (
+        "{% set ns = namespace(first=true) %}{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}<a>"
+        "{% elif m.role == 'tool' %}<out>{{ m.content }}{% elif m.tool_calls %}{% if ns.first %}<calls>{% endif %}"
+        "{% set ns.first = false %}<c>{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}"
+        "<|im_end|>{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if messages[-1].role == 'tool' and add_generation_prompt %}</out>{% endif %}"
+    )
+    result = {"role": "tool", "content": "3"}
+    found = completions(template, [user("Q"), call(1, 2), result, call(3, 3), result, answer("6")])
+    assert found[:2] == [f'<calls><c>add{{"a": {a}, "b": {b}}}<|im_end|>' for a, b in ((1, 2), (3, 3))]
+
+
 # Opens the list of calls once in a conversation, as DeepSeek-V3 does.
 OPENS_CALLS_ONCE = (
     "{% set ns = namespace(calls=0) %}{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}"

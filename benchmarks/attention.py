@@ -64,6 +64,7 @@ class Tree:
         makes = {
             "flash": lambda ends: flash.sequences(ends, sliding_window=None),
             "triton": tile_lists,
+            "triton_fused": tile_lists,
             "flex": block_lists,
         }
         return makes[self.backend](ends) if self.backend in makes else None
@@ -125,7 +126,10 @@ def contenders(device: str) -> list[dict[str, Callable]]:
         ours = {name: lambda dtype, name=name: Tree(name) for name in ("flash", "blockwise")}
         return [ours | dense | plain | flex | by_hand]
     return [
-        {name: lambda dtype, name=name: Tree(name) for name in ("flash", "triton")} | flex | plain | dense,
+        {name: lambda dtype, name=name: Tree(name) for name in ("flash", "triton", "triton_fused")}
+        | flex
+        | plain
+        | dense,
         {"FlexAttention, our BlockMask, static": lambda dtype: Flex(tree_block_mask)}
         | by_hand
         | {

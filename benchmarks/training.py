@@ -14,6 +14,7 @@ from common import (
     DEVICE,
     DTYPE,
     GIVE_BACK,
+    KEEP,
     Benchmark,
     attempt,
     bars,
@@ -211,7 +212,7 @@ def _ask(what: str, specs: Sequence[dict]) -> list[dict]:
     """`_memory` or `_times` of them; of models that take more than a moment in a process of its own."""
     if specs[0]["shape"] == "tiny":
         return _ANSWERS[what](specs)
-    return in_own_process(__file__, what, json.dumps(specs), **(GIVE_BACK if what == "memory" else {}))
+    return in_own_process(__file__, what, json.dumps(specs), **(GIVE_BACK if what == "memory" else KEEP))
 
 
 def _on_the_gpu(spec: dict) -> dict:

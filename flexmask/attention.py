@@ -18,8 +18,10 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = {
     "flex": flex.attention,
+    "flex_flash": flex.flash_attention,
     "flash": flash.attention,
     "triton": triton.attention,
+    "triton_fused": triton.fused_attention,
     "blockwise": blockwise.attention,
 }
 
@@ -53,7 +55,8 @@ def tree_attention(
         backend: "flex" (CUDA; CPU without gradients), "triton" (CUDA, our own kernels), "flash" (PyTorch's own kernels; CUDA
             in 16 bits, and CPU), "blockwise" (any device), or "auto": the one that `set_backend` or the environment variable
             FLEXMASK_BACKEND names, else the fastest that can do this call and be compiled here, forward and backward. What
-            cannot be compiled is logged once, with the reason.
+            cannot be compiled is logged once, with the reason. Only where they are named: "flex_flash", "flex" with
+            FlashAttention 4's kernels; "triton_fused", "triton" with a backward that is not repeatable.
 
     Returns:
         (batch, heads, L, value_dim), or n in place of L, in the dtype of `query`, or of autocast where that is on.
@@ -137,7 +140,7 @@ _FASTER_THAN_FLEX = {
     # (benchmarks/LOG.md), which no GPU has run.
     ((9, 0), 2, 128): "triton",
 }
-_COMPILED = ("flex", "triton")
+_COMPILED = ("flex", "flex_flash", "triton", "triton_fused")
 _broken: dict[str, str] = {}  # backends that could not be compiled under "auto", and why
 _probed: dict[tuple, dict[int, NotImplementedError | None]] = {}  # kind of call -> length -> what came of it
 

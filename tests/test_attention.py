@@ -1,3 +1,4 @@
+import importlib.util
 import logging
 import os
 import subprocess
@@ -250,6 +251,59 @@ def test_flex_refuses_what_it_cannot_do():
         tree_attention(q, k, v, ends, sinks=s, backend="flex")
 
 
+def test_flex_with_flash_kernels_is_asked_for_only_where_it_is_allowed(monkeypatch):
+    """What FlexAttention is called with, and every reason not to; the GPU, PyTorch and the package are pretended."""
+    from flexmask.backends import flex
+
+    def call(x, **options):
+        arguments = dict.fromkeys(("softcap", "sliding_window", "position_ids", "sinks")) | {"scale": 1.0} | options
+        return flex.flash_attention(x, x, x, torch.full((1, 256), 256, dtype=torch.int32), **arguments)
+
+    asked = []
+    monkeypatch.setattr(flex, "_flex_attention", lambda: lambda *_, **options: asked.append(options))
+    good = torch.zeros(1, 2, 256, 128, dtype=torch.bfloat16)
+    with pytest.raises(
+        NotImplementedError, match=r"'flex_flash' cannot do torch\.bfloat16 on cpu, only 16 bits on cuda"
+    ):
+        tree_attention(good, good, good, torch.full((1, 256), 256, dtype=torch.int32), backend="flex_flash")
+
+    class OnCuda(torch.Tensor):
+        device = torch.device("cuda")
+
+    capability, version, package = [9, 0], [torch.torch_version.TorchVersion("2.13.0+cu130")], [True]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    monkeypatch.setattr(flex, "_has_flash", lambda: package[0])
+    monkeypatch.setattr(torch, "__version__", version[0])
+    good = good.as_subclass(OnCuda)
+    call(good, softcap=2.0)
+    assert asked[0]["kernel_options"] == {"BACKEND": "FLASH"} and asked[0]["score_mod"] is not None
+    assert asked[0]["block_mask"].BLOCK_SIZE == (128, 128)
+
+    def refused(what, *arguments, **options):
+        with pytest.raises(NotImplementedError, match=f"'flex_flash' cannot do {what}.*; backend 'flex' can"):
+            call(*arguments, **options)
+
+    refused("torch.float32 on cuda", good.float())
+    refused("a head size of 129", torch.zeros(1, 2, 256, 129, dtype=torch.float16).as_subclass(OnCuda))
+    refused("sinks", good, sinks=torch.zeros(2))
+    torch.use_deterministic_algorithms(True)
+    try:
+        refused("repeatable gradients", good)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    capability[:] = 10, 0
+    refused("compute capability 10.0, only 9.0", good)
+    capability[:] = 9, 0
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))
+    refused("PyTorch 2.12.1, only 2.13", good)
+    monkeypatch.setattr(torch, "__version__", version[0])
+    package[0] = False
+    refused("what the package flash-attn-4 does .pip install flash-attn-4., which is missing", good)
+    monkeypatch.undo()
+    assert flex._has_flash() == (importlib.util.find_spec("flash_attn") is not None)
+    assert len(asked) == 1
+
+
 @pytest.fixture
 def preferred(monkeypatch):
     """Puts a function in the place of "flex", first in the order of "auto"; returns the list of its calls."""
@@ -378,7 +432,10 @@ def test_what_auto_means_can_be_set(preferred, monkeypatch):
     flexmask.set_backend("auto")
     tree_attention(q, k, v, ends)
     assert calls
-    with pytest.raises(ValueError, match="backend is 'fast', expected one of auto, flex, flash, triton, blockwise"):
+    with pytest.raises(
+        ValueError,
+        match="backend is 'fast', expected one of auto, flex, flex_flash, flash, triton, triton_fused, blockwise",
+    ):
         flexmask.set_backend("fast")
     code = "import flexmask.attention as a; print(a._override)"
     environment = os.environ | {"FLEXMASK_BACKEND": "triton"}

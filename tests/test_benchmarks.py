@@ -225,6 +225,14 @@ def test_process_of_their_own():
     assert one["loss"] == pytest.approx(packed["loss"], rel=1e-5) and len(one["step"]["each"]) == 2
 
 
+def test_times_are_taken_with_memory_kept_and_peaks_with_memory_given_back(monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "in_own_process", lambda *_, **environment: asked.append(environment))
+    for what in ("times", "memory"):
+        training._ask(what, [spec("one-pass", shape="tiny Qwen3.5")])
+    assert asked == [common.KEEP, common.GIVE_BACK]
+
+
 def test_checkpointing_changes_no_loss():
     for methods in (METHODS, GROUP_METHODS):
         losses = []

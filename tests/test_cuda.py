@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flexmask_kernels.configs import configs
 from models import tiny
 from reference import conversation_passes, dense_attention
 from test_attention import problem
 
 from flexmask import TokenTree, backward_by_branches, tree_attention, tree_loss
 from flexmask.attention import using_backend
+from flexmask.backends.flex import MAX_FLASH_HEAD_DIM, _has_flash
 from flexmask.collator import to_batch
 
 pytestmark = [
@@ -23,6 +25,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+HAS_FLEX_FLASH = (
+    torch.cuda.is_available()
+    and torch.cuda.get_device_capability()[0] == 9
+    and torch.__version__ >= (2, 13)
+    and _has_flash()
+)
 FEATURES = {
     "plain": {},
     "softcap": {"softcap": 1.5},
@@ -45,7 +53,7 @@ def relative_errors(found, exact):
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
 
 
-@pytest.mark.parametrize("backend", ["flash", "flex", "triton"])
+@pytest.mark.parametrize("backend", ["flash", "flex", "triton", "triton_fused", "flex_flash"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features, length, dims", CASES)
 def test_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype, features, length, dims):
@@ -57,6 +65,12 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype, features, 
     features = FEATURES[features]
     if backend == "flash" and (dtype == torch.float32 or {"softcap", "sinks"} & set(features)):
         pytest.skip("the backend has 16 bits, and neither soft-cap nor sinks")
+    if backend == "flex_flash" and (dtype == torch.float32 or "sinks" in features or max(dims) > MAX_FLASH_HEAD_DIM):
+        pytest.skip("the backend has 16 bits, head sizes up to 128, and no sinks")
+    if backend == "flex_flash" and not HAS_FLEX_FLASH:
+        pytest.skip("needs compute capability 9.0, PyTorch 2.13 and the package flash-attn-4")
+    if backend == "triton_fused" and not configs(torch.cuda.get_device_capability(), max(dims), dtype).fused:
+        pytest.skip("on this GPU the fused backward does not pay for this dtype and head size, so there is none")
     heads = 32 if "sinks" in features else 4
     sizes = {"heads": heads, "kv_heads": heads // 2, "dim": dims[0], "value_dim": dims[1]}
     *inputs, s, ends, positions, visible = (x.cuda() for x in problem(0, length, batch=2, dtype=dtype, **sizes))

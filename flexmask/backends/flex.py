@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -22,8 +23,9 @@ def attention(
     sliding_window: int | None,
     position_ids: Tensor | None,
     sinks: Tensor | None,
+    kernel_options: dict[str, str] | None = None,
 ) -> Tensor:
-    """See `flexmask.tree_attention`, which checks the arguments.
+    """See `flexmask.tree_attention`, which checks the arguments. `kernel_options` are FlexAttention's.
 
     Raises:
         NotImplementedError: float64; gradients or sinks outside CUDA; compilation switched off.
@@ -52,12 +54,51 @@ def attention(
         ),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=kernel_options,
     )
     if sinks is None:
         return flex()
     # A sink adds exp(sink) to the denominator: o * exp(lse) / (exp(lse) + exp(sink)). In float32, for its gradient's sake.
     out, aux = flex(return_aux=AuxRequest(lse=True))
     return (out * torch.sigmoid(aux.lse - sinks[None, :, None].float()).unsqueeze(-1)).to(out.dtype)
+
+
+MAX_FLASH_HEAD_DIM = 128
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor, **arguments) -> Tensor:
+    """`attention` by FlashAttention 4's kernels, which FlexAttention calls with the same mask where it is told to. No GPU has
+    run it yet. Its gradients are added in no fixed order.
+
+    Raises:
+        NotImplementedError: whatever FlexAttention would not do so, or not with blocks of 128 queries and keys.
+    """
+    if reason := _without_flash(query, key, value, arguments["sinks"]):
+        raise NotImplementedError(f"backend 'flex_flash' cannot do {reason}; backend 'flex' can")
+    return attention(query, key, value, subtree_end, kernel_options={"BACKEND": "FLASH"}, **arguments)
+
+
+def _without_flash(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> str | None:
+    if query.device.type != "cuda" or query.dtype.itemsize != 2:
+        return f"{query.dtype} on {query.device.type}, only 16 bits on cuda"
+    major, minor = torch.cuda.get_device_capability(query.device)
+    size = max(query.shape[-1], value.shape[-1])
+    for reason, holds in (
+        (f"compute capability {major}.{minor}, only 9.0", major != 9),  # 10.0 wants blocks of 256 queries
+        (f"a head size of {size}, at most {MAX_FLASH_HEAD_DIM}", size > MAX_FLASH_HEAD_DIM),
+        ("sinks, whose gradient goes through the log-sum-exp", sinks is not None),
+        ("queries of a part of the row", query.shape[2] != key.shape[2]),
+        ("repeatable gradients", torch.are_deterministic_algorithms_enabled()),
+        (f"PyTorch {torch.__version__}, only 2.13 or newer", torch.__version__ < (2, 13)),
+        ("what the package flash-attn-4 does (pip install flash-attn-4), which is missing", not _has_flash()),
+    ):
+        if holds:
+            return reason
+    return None
+
+
+def _has_flash() -> bool:
+    return bool(importlib.util.find_spec("flash_attn")) and bool(importlib.util.find_spec("flash_attn.cute"))
 
 
 def _flex_attention():

@@ -126,10 +126,11 @@ def contenders(device: str) -> list[dict[str, Callable]]:
         ours = {name: lambda dtype, name=name: Tree(name) for name in ("flash", "blockwise")}
         return [ours | dense | plain | flex | by_hand]
     return [
-        {name: lambda dtype, name=name: Tree(name) for name in ("flash", "triton", "triton_fused")}
+        {name: lambda dtype, name=name: Tree(name) for name in ("flash", "triton")}
         | flex
         | plain
-        | dense,
+        | dense
+        | {"triton_fused": lambda dtype: Tree("triton_fused")},
         {"FlexAttention, our BlockMask, static": lambda dtype: Flex(tree_block_mask)}
         | by_hand
         | {

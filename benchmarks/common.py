@@ -360,5 +360,5 @@ def in_own_process(script: str, *arguments: str, **environment: str) -> dict | l
 # default the C library keeps much of it, which is faster and says little about what a step needs.)
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
 # The opposite, for times. By default tensors of up to 32 MiB are kept and larger ones are mapped anew, each page of which costs
-# a page fault: a long row would pay for that, and short sequences not.
+# a page fault: a long row would pay more for that than short sequences.
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}

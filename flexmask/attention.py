@@ -140,7 +140,7 @@ _FASTER_THAN_FLEX = {
     # (benchmarks/LOG.md), which no GPU has run.
     ((9, 0), 2, 128): "triton",
 }
-_COMPILED = ("flex", "flex_flash", "triton", "triton_fused")
+_COMPILED = ("flex", "triton")
 _broken: dict[str, str] = {}  # backends that could not be compiled under "auto", and why
 _probed: dict[tuple, dict[int, NotImplementedError | None]] = {}  # kind of call -> length -> what came of it
 

@@ -51,7 +51,7 @@ def tree_attention(
             subtree_end.
         sinks: (heads,), a score per head that has no value.
         deterministic: gradients are bitwise the same at each call. Without, that of query is added up in no fixed order, by a
-            backward that makes five products of a tile and not seven, for 16 bits, on chips and head sizes where it pays.
+            backward that makes five products of a tile and not seven; only for dtypes, chips and head sizes that have one pinned.
 
     Returns:
         (batch, heads, L, value_dim), laid out in memory as (batch, L, heads, value_dim).
@@ -72,7 +72,7 @@ def tree_attention(
     if not deterministic and pinned_configs(query, value).fused is None:
         raise NotImplementedError(
             f"the Triton kernels have no fused backward for {query.dtype} and head sizes of {query.shape[-1]} and "
-            f"{value.shape[-1]} on this device, where it would take no fewer instructions; backend 'triton' has another"
+            f"{value.shape[-1]} on this device; backend 'triton' has another"
         )
     blocks = triton.cdiv(query.shape[2], LIST_BLOCK)
     if len(lists[0]) != query.shape[0] * blocks + 1:

@@ -1,10 +1,10 @@
-"""Backward of tree attention, three Triton kernels: delta, then dK and dV, then dQ. No atomics: every sum has one order.
+"""Backward of tree attention, three Triton kernels: delta, then dK and dV, then dQ. Every sum has one order.
 
     p = exp(s - lse),  ds = p ∘ (do vᵀ - delta) ∘ softcap',  delta = Σ do ∘ o
     dv = pᵀ do,  dk = scale · dsᵀ q,  dq = scale · ds k                 (FlashAttention-2, arXiv 2307.08691, algorithm 2)
 
-The last two both compute s and do vᵀ, so that seven products are made of a tile where five suffice. FUSED, the kernel of dK and
-dV also adds to dQ, in whatever order its programs come: faster where products are what takes time, and not repeatable.
+The kernel of dQ computes s and do vᵀ once more, so that seven products are made of a tile where five suffice. FUSED, the
+kernel of dK and dV also adds to dQ, by atomics, in whatever order its programs come: fewer products, and not repeatable.
 
 Strides and constants are those of the forward. lse and delta are float32 (batch, heads, blocks · LIST_BLOCK), so that no
 load of them needs a bound.

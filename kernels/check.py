@@ -73,6 +73,8 @@ def compile_ahead(kernel, config: Config, arch: int, dtype: torch.dtype, head_di
     } | features  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else _type(name, NAMES[dtype]) for name in kernel.arg_names}
+    if constants.get("FUSED"):
+        signature["grad_query"] = "*fp32"
     # As at a launch: pointers and strides are multiples of 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]

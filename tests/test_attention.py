@@ -252,56 +252,81 @@ def test_flex_refuses_what_it_cannot_do():
 
 
 def test_flex_with_flash_kernels_is_asked_for_only_where_it_is_allowed(monkeypatch):
-    """What FlexAttention is called with, and every reason not to; the GPU, PyTorch and the package are pretended."""
+    """What FlexAttention is called with, and every reason not to; the GPU and the package are pretended."""
     from flexmask.backends import flex
 
-    def call(x, **options):
-        arguments = dict.fromkeys(("softcap", "sliding_window", "position_ids", "sinks")) | {"scale": 1.0} | options
-        return flex.flash_attention(x, x, x, torch.full((1, 256), 256, dtype=torch.int32), **arguments)
-
-    asked = []
-    monkeypatch.setattr(flex, "_flex_attention", lambda: lambda *_, **options: asked.append(options))
-    good = torch.zeros(1, 2, 256, 128, dtype=torch.bfloat16)
-    with pytest.raises(
-        NotImplementedError, match=r"'flex_flash' cannot do torch\.bfloat16 on cpu, only 16 bits on cuda"
-    ):
-        tree_attention(good, good, good, torch.full((1, 256), 256, dtype=torch.int32), backend="flex_flash")
+    ends = torch.full((1, 256), 256, dtype=torch.int32)
+    none = dict.fromkeys(("softcap", "sliding_window", "position_ids", "sinks"))
 
     class OnCuda(torch.Tensor):
         device = torch.device("cuda")
 
-    capability, version, package = [9, 0], [torch.torch_version.TorchVersion("2.13.0+cu130")], [True]
+    def inputs(size=128, value_size=None, queries=256, dtype=torch.bfloat16):
+        shapes = (queries, size), (256, size), (256, value_size or size)
+        return [torch.zeros(1, 2, *shape, dtype=dtype).as_subclass(OnCuda) for shape in shapes]
+
+    def refused(what, tensors, **options):
+        with pytest.raises(NotImplementedError, match=f"'flex_flash' cannot run: {what}; backend 'flex' can"):
+            flex.flash_attention(*tensors, ends, **none | {"scale": 1.0} | options)
+
+    asked, capability = [], [9, 0]
+    monkeypatch.setattr(flex, "_flex_attention", lambda: lambda *_, **options: asked.append(options))
+    monkeypatch.setattr(flex, "_has_flash", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
-    monkeypatch.setattr(flex, "_has_flash", lambda: package[0])
-    monkeypatch.setattr(torch, "__version__", version[0])
-    good = good.as_subclass(OnCuda)
-    call(good, softcap=2.0)
+    flex.flash_attention(*inputs(), ends, **none | {"scale": 1.0, "softcap": 2.0})
     assert asked[0]["kernel_options"] == {"BACKEND": "FLASH"} and asked[0]["score_mod"] is not None
     assert asked[0]["block_mask"].BLOCK_SIZE == (128, 128)
 
-    def refused(what, *arguments, **options):
-        with pytest.raises(NotImplementedError, match=f"'flex_flash' cannot do {what}.*; backend 'flex' can"):
-            call(*arguments, **options)
-
-    refused("torch.float32 on cuda", good.float())
-    refused("a head size of 129", torch.zeros(1, 2, 256, 129, dtype=torch.float16).as_subclass(OnCuda))
-    refused("sinks", good, sinks=torch.zeros(2))
+    refused("torch.float32 on cuda, only 16 bits on cuda", inputs(dtype=torch.float32))
+    refused("torch.bfloat16 on cpu, only 16 bits on cuda", [x.as_subclass(torch.Tensor) for x in inputs()])
+    refused("a head size of 136, only up to 128", inputs(136))
+    refused("a head size of 100, only multiples of 8", inputs(100))
+    refused("values of size 128 beside keys of size 64", inputs(64, 128))
+    refused("queries of a part of the row", inputs(queries=128))
+    refused("sinks, .*", inputs(), sinks=torch.zeros(2))
     torch.use_deterministic_algorithms(True)
     try:
-        refused("repeatable gradients", good)
+        refused("repeatable gradients", inputs())
     finally:
         torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(flex, "_has_flash", lambda: False)
+    refused("without PyTorch 2.13 or newer and the package flash-attn-4 .*", inputs())
     capability[:] = 10, 0
-    refused("compute capability 10.0, only 9.0", good)
-    capability[:] = 9, 0
-    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))
-    refused("PyTorch 2.12.1, only 2.13", good)
-    monkeypatch.setattr(torch, "__version__", version[0])
-    package[0] = False
-    refused("what the package flash-attn-4 does .pip install flash-attn-4., which is missing", good)
-    monkeypatch.undo()
-    assert flex._has_flash() == (importlib.util.find_spec("flash_attn") is not None)
+    refused("compute capability 10.0, only 9.0", inputs())
     assert len(asked) == 1
+
+
+def test_flash_attention_4_is_found_where_it_is_installed(tmp_path, monkeypatch):
+    """Not in an older FlashAttention, which has the same name, and may not even import; also while a model is compiled."""
+    from flexmask.backends import flex
+
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("a package flash_attn is installed, in whose place made up ones are put here")
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+
+    def found(version="2.13.0+cu130"):
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        sys.modules.pop("flash_attn", None)
+        importlib.invalidate_caches()
+        flex._has_flash.cache_clear()
+        return flex._has_flash()
+
+    try:
+        (package / "__init__.py").write_text("")
+        assert not found()
+        (package / "cute").mkdir()
+        (package / "cute/__init__.py").write_text("")
+        assert found() and not found("2.12.1")
+        assert found()
+        compiled = torch.compile(lambda x: x + flex._has_flash(), fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(1)) == 1
+        (package / "__init__.py").write_text("raise ImportError('built for another PyTorch')")
+        assert not found()
+    finally:
+        sys.modules.pop("flash_attn", None)
+        flex._has_flash.cache_clear()
 
 
 @pytest.fixture

@@ -25,12 +25,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-HAS_FLEX_FLASH = (
-    torch.cuda.is_available()
-    and torch.cuda.get_device_capability()[0] == 9
-    and torch.__version__ >= (2, 13)
-    and _has_flash()
-)
 FEATURES = {
     "plain": {},
     "softcap": {"softcap": 1.5},
@@ -65,9 +59,10 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype, features, 
     features = FEATURES[features]
     if backend == "flash" and (dtype == torch.float32 or {"softcap", "sinks"} & set(features)):
         pytest.skip("the backend has 16 bits, and neither soft-cap nor sinks")
-    if backend == "flex_flash" and (dtype == torch.float32 or "sinks" in features or max(dims) > MAX_FLASH_HEAD_DIM):
-        pytest.skip("the backend has 16 bits, head sizes up to 128, and no sinks")
-    if backend == "flex_flash" and not HAS_FLEX_FLASH:
+    unequal, large = dims[0] != dims[1], max(dims) > MAX_FLASH_HEAD_DIM
+    if backend == "flex_flash" and (dtype == torch.float32 or "sinks" in features or unequal or large):
+        pytest.skip("the backend has 16 bits, one head size up to 128, and no sinks")
+    if backend == "flex_flash" and not (torch.cuda.get_device_capability()[0] == 9 and _has_flash()):
         pytest.skip("needs compute capability 9.0, PyTorch 2.13 and the package flash-attn-4")
     if backend == "triton_fused" and not configs(torch.cuda.get_device_capability(), max(dims), dtype).fused:
         pytest.skip("on this GPU the fused backward does not pay for this dtype and head size, so there is none")
@@ -206,8 +201,12 @@ assert lists.full_kv_begin[-1] > 0 and lists.kv_begin[-1] > 0
 q, k, v = (torch.randn(1, heads, length, 80, device="cuda", dtype=torch.float16) for heads in (4, 2, 2))
 leaves = [x.requires_grad_() for x in (q, k, v, torch.randn(4, device="cuda"))]
 positions = torch.arange(length, device="cuda")[None]
-for options in ({"sinks": leaves[3]}, {"softcap": 5.0, "sliding_window": 100, "position_ids": positions}):
-    tree_attention(*leaves[:3], ends.cuda(), backend="triton", **options).sum().backward()
+for backend in ("triton", "triton_fused"):
+    for options in ({"sinks": leaves[3]}, {"softcap": 5.0, "sliding_window": 100, "position_ids": positions}):
+        try:
+            tree_attention(*leaves[:3], ends.cuda(), backend=backend, **options).sum().backward()
+        except NotImplementedError:
+            assert backend == "triton_fused"  # which is not pinned for every chip
 torch.cuda.synchronize()
 print("finished")
 """

@@ -74,7 +74,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, subtree_end: Tens
         NotImplementedError: whatever FlexAttention would not do so, or not with blocks of 128 queries and keys.
     """
     if reason := _without_flash(query, key, value, arguments["sinks"]):
-        raise NotImplementedError(f"backend 'flex_flash' cannot do {reason}; backend 'flex' can")
+        raise NotImplementedError(f"backend 'flex_flash' cannot run: {reason}; backend 'flex' can")
     return attention(query, key, value, subtree_end, kernel_options={"BACKEND": "FLASH"}, **arguments)
 
 
@@ -82,23 +82,32 @@ def _without_flash(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | No
     if query.device.type != "cuda" or query.dtype.itemsize != 2:
         return f"{query.dtype} on {query.device.type}, only 16 bits on cuda"
     major, minor = torch.cuda.get_device_capability(query.device)
-    size = max(query.shape[-1], value.shape[-1])
+    size, value_size = query.shape[-1], value.shape[-1]
     for reason, holds in (
         (f"compute capability {major}.{minor}, only 9.0", major != 9),  # 10.0 wants blocks of 256 queries
-        (f"a head size of {size}, at most {MAX_FLASH_HEAD_DIM}", size > MAX_FLASH_HEAD_DIM),
+        (f"a head size of {size}, only up to {MAX_FLASH_HEAD_DIM}", size > MAX_FLASH_HEAD_DIM),
+        (f"a head size of {size}, only multiples of 8", size % 8 != 0),
+        (f"values of size {value_size} beside keys of size {size}", value_size != size),
         ("sinks, whose gradient goes through the log-sum-exp", sinks is not None),
         ("queries of a part of the row", query.shape[2] != key.shape[2]),
         ("repeatable gradients", torch.are_deterministic_algorithms_enabled()),
-        (f"PyTorch {torch.__version__}, only 2.13 or newer", torch.__version__ < (2, 13)),
-        ("what the package flash-attn-4 does (pip install flash-attn-4), which is missing", not _has_flash()),
     ):
         if holds:
             return reason
-    return None
+    return (
+        None
+        if _has_flash()
+        else "without PyTorch 2.13 or newer and the package flash-attn-4 (pip install flash-attn-4)"
+    )
 
 
+@torch.compiler.assume_constant_result
+@functools.cache
 def _has_flash() -> bool:
-    return bool(importlib.util.find_spec("flash_attn")) and bool(importlib.util.find_spec("flash_attn.cute"))
+    try:
+        return torch.__version__ >= (2, 13) and importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:  # no flash_attn, or one that does not work
+        return False
 
 
 def _flex_attention():

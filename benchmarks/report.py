@@ -43,7 +43,7 @@ def _about(result: dict) -> list[str]:
     settings, versions = result["settings"], result["versions"]
     shape = settings.get("shape", "")
     model = f"the shape of {shape} of vocabulary" if "," in shape else f"{shape}'s shape" if shape else ""
-    model += f", {settings['layers']} layers" if settings.get("layers") else ""
+    model += f", {settings['layers']} layers" if isinstance(settings.get("layers"), int) else ""
     shown = ", ".join(f"{package} {version}" for package, version in versions.items() if package in SHOWN)
     notes = []
     if "cuda" in versions and "liger-kernel" in versions:  # there it computes the loss of trees

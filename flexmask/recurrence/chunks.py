@@ -21,9 +21,9 @@ from ..mask import once_per_forward
 CHUNK = 64
 # With a gate per channel the pairs of a chunk are weighted channel by channel: memory grows with the chunk.
 CHUNK_PER_CHANNEL = 16
-# Bytes of the states of the heads that are computed at once. On a CPU fewer would mean many small calls, each of which wakes
-# threads, and more gains no more (benchmarks/LOG.md).
-STATES_AT_ONCE = {False: 2**25, True: 2**30}
+# Bytes of the states of the heads that are computed at once. On a CPU fewer mean many small calls, each of which may have to wake
+# threads, and more mean memory (benchmarks/LOG.md).
+STATES_AT_ONCE = {False: 2**23, True: 2**30}
 
 
 def forward(query, key, value, gate, beta, subtree_end: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,6 +59,13 @@ def use_tiles(patch, m, n, *, on_gpu=False):
     patch.setattr(kernels, "configs", lambda *_: Configs(config, config, config, config))
 
 
+def choose(backend, monkeypatch, inputs):
+    """The fused backward, if that is it, also beside the fixture, which asks PyTorch for deterministic algorithms."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: backend != "triton_fused")
+    if backend == "triton_fused" and kernels.pinned_configs(inputs[0].to(DEVICE), inputs[2]).fused is None:
+        pytest.skip("on this GPU the fused backward does not pay for this dtype and head size, so there is none")
+
+
 def check(inputs, ends, positions, visible, *, window=None, softcap=None, sinks=None, scale=None, backend="triton"):
     """Output and gradients of the kernels against dense attention in float64."""
     options = {"softcap": softcap, "scale": scale}
@@ -129,11 +136,7 @@ def test_query_heads_read_the_key_heads_of_their_group(monkeypatch):
 @pytest.mark.parametrize(
     "length, dims, features",
     [
-        (
-            300,
-            (24, 40),
-            {"softcap": 1.5, "window": 50, "scale": 0.3, "sinks": True},
-        ),  # a length and a size that need bounds
+        (300, (24, 40), {"softcap": 1.5, "window": 50, "scale": 0.3, "sinks": True}),  # they need bounds
         (256, (24, 40), {}),
         (256, (32, 32), {}),
     ],
@@ -141,13 +144,11 @@ def test_query_heads_read_the_key_heads_of_their_group(monkeypatch):
 def test_fused_backward(length, dims, features, dtype, monkeypatch):
     """dK, dV and dQ in one kernel, and the one of dQ never."""
     use_tiles(monkeypatch, 64, 128)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)  # the fixture's
     monkeypatch.setattr(kernels, "dq_kernel", None)
     *inputs, s, ends, positions, visible = problem(
         5, length, batch=2, heads=4, kv_heads=2, dim=dims[0], value_dim=dims[1], dtype=dtype
     )
-    if kernels.pinned_configs(inputs[0].to(DEVICE), inputs[2]).fused is None:
-        pytest.skip("on this GPU the fused backward does not pay for this dtype and head size, so there is none")
+    choose("triton_fused", monkeypatch, inputs)
     sinks = s if features.get("sinks") else None
     check(inputs, ends, positions, visible, backend="triton_fused", **features | {"sinks": sinks})
 
@@ -165,8 +166,7 @@ def test_fused_backward_gives_way_to_deterministic_algorithms(monkeypatch):
 
         monkeypatch.setattr(kernels, name, Launches())
     tensors = [x.detach().to(DEVICE).requires_grad_() for x in inputs]
-    if kernels.pinned_configs(tensors[0], tensors[2]).fused is None:
-        pytest.skip("on this GPU the fused backward does not pay, so there is none")
+    choose("triton_fused", monkeypatch, inputs)
     for chosen in (True, False):
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda chosen=chosen: chosen)
         tree_attention(*tensors, ends.to(DEVICE), backend="triton_fused").sum().backward()
@@ -199,20 +199,12 @@ def test_queries_keys_and_values_are_not_copied(monkeypatch):
     assert [x.data_ptr() for x in launched[0][:3]] == [x.data_ptr() for x in (q, k, v)]
 
 
-def choose(backend, monkeypatch):
-    """The fused backward, if that is it, also beside the fixture, which asks PyTorch for deterministic algorithms."""
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: backend != "triton_fused")
-    if backend == "triton_fused" and DEVICE == "cuda":
-        pytest.skip("the fused backward is pinned for 16 bits only, and this is float32")
-
-
 @pytest.mark.parametrize(
     "backend, tiles", [("triton", (128, 128)), ("triton_fused", (128, 128)), ("triton_fused", (64, 64))]
 )
 def test_a_long_row_of_conversations(backend, tiles, monkeypatch):
     """Full, partial and empty tiles; a length that is no multiple of a block; and padding at the end."""
     use_tiles(monkeypatch, *tiles)
-    choose(backend, monkeypatch)
     rng = np.random.default_rng(0)
     row = TokenTree.concat([TokenTree.from_passes(conversation_passes(rng, n, 30, 150, 60)) for n in (2, 1)])
     length, padding = 1023, 1023 - len(row)
@@ -223,6 +215,7 @@ def test_a_long_row_of_conversations(backend, tiles, monkeypatch):
     places = torch.arange(length)
     visible = (places[None] <= places[:, None]) & (places[:, None] < ends[0][None])
     *inputs, _, _, positions, _ = problem(1, length, heads=2, kv_heads=1, dim=16, value_dim=16, dtype=torch.float32)
+    choose(backend, monkeypatch, inputs)
     check(inputs, ends, positions, visible[None], backend=backend)
 
 
@@ -258,8 +251,8 @@ def test_rows_of_nothing_but_padding(monkeypatch):
 def test_a_full_tile_that_reaches_beyond_the_row(backend, monkeypatch):
     """One plain sequence: queries 128 to 129 are a full tile against the first keys, cut into tiles that hold none."""
     use_tiles(monkeypatch, 32, 64, on_gpu=True)
-    choose(backend, monkeypatch)
     *inputs, _, _, _, _ = problem(3, 130, heads=2, dim=16, value_dim=16, dtype=torch.float32)
+    choose(backend, monkeypatch, inputs)
     places = torch.arange(130)
     causal = (places[None] <= places[:, None])[None]
     check(inputs, torch.full((1, 130), 130, dtype=torch.int32), places[None], causal, backend=backend)

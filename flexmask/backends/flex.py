@@ -94,11 +94,9 @@ def _without_flash(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | No
     ):
         if holds:
             return reason
-    return (
-        None
-        if _has_flash()
-        else "without PyTorch 2.13 or newer and the package flash-attn-4 (pip install flash-attn-4)"
-    )
+    if not _has_flash():
+        return "without PyTorch 2.13 or newer and the package flash-attn-4 (pip install flash-attn-4)"
+    return None
 
 
 @torch.compiler.assume_constant_result

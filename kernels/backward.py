@@ -1,10 +1,7 @@
-"""Backward of tree attention, three Triton kernels: delta, then dK and dV, then dQ. Every sum has one order.
+"""Backward of tree attention, three Triton kernels: delta, then dK and dV, then dQ. No atomics: every sum has one order.
 
     p = exp(s - lse),  ds = p ∘ (do vᵀ - delta) ∘ softcap',  delta = Σ do ∘ o
     dv = pᵀ do,  dk = scale · dsᵀ q,  dq = scale · ds k                 (FlashAttention-2, arXiv 2307.08691, algorithm 2)
-
-The kernel of dQ computes s and do vᵀ once more, so that seven products are made of a tile where five suffice. FUSED, the
-kernel of dK and dV also adds to dQ, by atomics, in whatever order its programs come: fewer products, and not repeatable.
 
 Strides and constants are those of the forward. lse and delta are float32 (batch, heads, blocks · LIST_BLOCK), so that no
 load of them needs a bound.
@@ -13,7 +10,7 @@ load of them needs a bound.
 import triton
 import triton.language as tl
 
-from .tiles import DIAGONAL, FULL, add_tile, capped, key_tiles, listed, load_tile, log2_factor, store_tile
+from .tiles import DIAGONAL, FULL, capped, key_tiles, listed, load_tile, log2_factor, store_tile
 
 
 @triton.jit(do_not_specialize=["heads", "length", "blocks"])
@@ -35,19 +32,17 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "window"])
 def dkv_kernel(
-    query, key, value, grad_out, lse, delta, grad_query, grad_key, grad_value, subtree_end, position_ids,
+    query, key, value, grad_out, lse, delta, grad_key, grad_value, subtree_end, position_ids,
     q_begin, q_indices, full_q_begin, full_q_indices,
     query_b, query_h, query_l, key_b, key_h, key_l, value_b, value_h, value_l, grad_b, grad_h, grad_l,
-    dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
+    dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     heads, length, blocks, scale, softcap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DIM: tl.constexpr, VDIM: tl.constexpr,
     LIST_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RAGGED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
+    RAGGED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. A program owns BLOCK_N keys of one key/value head and walks, for each query head of its group, the
-    query blocks that read them. Tiles are transposed: keys down, queries to the right.
-
-    FUSED: what these keys give to dq / scale is added to grad_query, which is float32 then, and 0 at first."""
+    query blocks that read them. Tiles are transposed: keys down, queries to the right."""
     # The first keys are read most, so they start first: those of all heads, which is why heads count fastest here.
     start_n = tl.program_id(1) * BLOCK_N
     kv_head, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -97,11 +92,6 @@ def dkv_kernel(
             if SOFTCAP:
                 ds = ds * (1 - x * x)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-            if FUSED:
-                dq = tl.dot(tl.trans(ds.to(k.dtype)), k, input_precision=PRECISION)
-                add_tile(
-                    grad_query + batch * dq_b + head * dq_h, start_m, dq_l, length, dq, BLOCK_M, HEAD_DIM, DIM, RAGGED
-                )
 
     store_tile(grad_key + batch * dk_b + kv_head * dk_h, start_n, dk_l, length, dk * scale, BLOCK_N, HEAD_DIM, DIM)
     store_tile(grad_value + batch * dv_b + kv_head * dv_h, start_n, dv_l, length, dv, BLOCK_N, VALUE_DIM, VDIM)

@@ -31,9 +31,7 @@ from .backward import delta_kernel, dkv_kernel, dq_kernel
 from .configs import DELTA, LIST_BLOCK, PRECISION, TABLE, Config
 from .forward import forward_kernel
 
-KERNELS = {
-    "forward": forward_kernel, "delta": delta_kernel, "dkv": dkv_kernel, "dq": dq_kernel, "fused": dkv_kernel
-}  # fmt: skip
+KERNELS = {"forward": forward_kernel, "delta": delta_kernel, "dkv": dkv_kernel, "dq": dq_kernel}
 # Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability"); of the chips that share a row of the table, the smallest.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -42,7 +40,7 @@ BEST = {90: "wgmma", 100: "tcgen05.mma"}  # what a chip must be seen to use in 1
 # Floating-point operations that the tensor cores of a multiprocessor do in a clock, 16 bits in, float32 out: NVIDIA's peak
 # rates (A100, H100 SXM, B200, RTX 5090) over multiprocessors and boost clock.
 FLOPS_PER_CLOCK = {80: 2048, 90: 4096, 100: 8192, 120: 512}
-PRODUCTS = {"forward": 2, "dkv": 4, "dq": 3, "fused": 5}  # of a tile
+PRODUCTS = {"forward": 2, "dkv": 4, "dq": 3}  # of a tile
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -68,13 +66,11 @@ def compile_ahead(kernel, config: Config, arch: int, dtype: torch.dtype, head_di
     constants = {
         "GROUP": 4, "HEAD_DIM": head_dim, "VALUE_DIM": value_dim,
         "DIM": triton.next_power_of_2(head_dim), "VDIM": triton.next_power_of_2(value_dim),
-        "LIST_BLOCK": LIST_BLOCK, "RAGGED": False, "SINKS": False, "SOFTCAP": False, "WINDOW": False, "FUSED": False,
+        "LIST_BLOCK": LIST_BLOCK, "RAGGED": False, "SINKS": False, "SOFTCAP": False, "WINDOW": False,
         "PRECISION": PRECISION, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     } | features  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else _type(name, NAMES[dtype]) for name in kernel.arg_names}
-    if constants.get("FUSED"):
-        signature["grad_query"] = "*fp32"
     # As at a launch: pointers and strides are multiples of 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -160,8 +156,7 @@ def check(arch: int, wide: bool, size: int, name: str, features: str) -> tuple[s
     """One line of the table, and whether the configuration holds."""
     config = DELTA if name == "delta" else getattr(TABLE[arch, wide][size], name)
     dtype = torch.float32 if wide else torch.bfloat16
-    options = FEATURES[features] | {"FUSED": name == "fused"}
-    found = usage(compile_ahead(KERNELS[name], config, arch, dtype, size, size, **options))
+    found = usage(compile_ahead(KERNELS[name], config, arch, dtype, size, size, **FEATURES[features]))
     fits = found.shared <= SHARED_MEMORY[arch] and found.tensor_memory <= TENSOR_MEMORY
     wrong = "" if fits else "  DOES NOT FIT"
     if name == "forward" and size <= 128 and found.spills > min(found.steps) / 100 and features == "plain":
@@ -187,7 +182,6 @@ def main() -> int:
         for row, sizes in TABLE.items()
         for size, name, features in product(sizes, KERNELS, FEATURES)
         if name != "delta" or features == "plain"  # it knows none
-        if name == "delta" or getattr(sizes[size], name)
     ]
     failed = 0
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:  # PyTorch has threads

@@ -32,12 +32,11 @@ DELTA = Config(32, 1, 4, 1)  # no keys; 32 rows, so that head size 256 fits into
 
 @dataclass(frozen=True)
 class Configs:
-    """The configurations of the kernels. `fused` is dkv's when it adds to dQ too, or None: there is no such backward then."""
+    """The configurations of the three kernels."""
 
     forward: Config
     dkv: Config
     dq: Config
-    fused: Config | None = None
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -68,38 +67,36 @@ def configs(capability: tuple[int, int], dim: int, dtype: torch.dtype) -> Config
     return TABLE[architecture(capability), wide][size]
 
 
-# (row, float32?) -> head size up to -> configuration. Timed so far: 9.0 in 16 bits, head sizes 64 and 128, on an H200
-# (benchmarks/results/attention_gpu.json, attention_gpu_more.json, kernel_configs_gpu.json).
+# (row, float32?) -> head size up to -> configuration. Timed so far: 9.0 in 16 bits, head sizes 64 and 128 on an H200, 128 on an
+# H100 (benchmarks/results/attention_gpu.json, attention_gpu_more.json, kernel_configs_gpu.json).
 # Each is the largest tile that `make kernels-check` shows to fit with few or no spills, because a larger tile reads less
 # and feeds the tensor cores better; then three stages where they fit, because with two the next tile is asked for at the
 # end of a step and waited for at the start of the next. benchmarks/kernel_configs.py times the candidates.
-# The fused backward, which no GPU has run, is pinned where it issues at most 0.83 of the instructions of dkv and dq together for
-# the same pairs (benchmarks/LOG.md). Elsewhere its fifth product leaves too few registers, or columns of tensor memory.
 TABLE = {
     # 8.0, 8.7: 163 KiB of shared memory. What mma.sync accumulates fills the registers first.
     (80, False): {
-        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
-        128: Configs(Config(128, 32, 8, 3), Config(64, 64, 8, 3), Config(64, 64, 8, 3), Config(64, 64, 8, 2)),
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        128: Configs(Config(128, 32, 8, 3), Config(64, 64, 8, 3), Config(64, 64, 8, 3)),
         256: Configs(Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(64, 64, 8, 2)),
     },
     # 9.0: 227 KiB. wgmma wants 64 lines per warp group, so 128 with 8 warps; dK/dV of 64 x 128 spills 64 bytes at head
     # size 128, and half of its queries would halve the width of its products.
     (90, False): {
-        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
-        128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
         256: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(128, 32, 8, 3)),
     },
     # 10.x, 11.0: 227 KiB, and 512 columns of tensor memory, where tcgen05 accumulates; what is done to scores passes
     # through registers.
     (100, False): {
-        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
         128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
         256: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 3), Config(128, 32, 8, 2)),
     },
     # 8.6, 8.9, 12.x: 99 KiB, otherwise as 8.0.
     (120, False): {
-        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
-        128: Configs(Config(64, 32, 4, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        128: Configs(Config(64, 32, 4, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
         256: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     },
 }

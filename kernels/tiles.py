@@ -62,21 +62,6 @@ def store_tile(base, start, stride, length, tile, BLOCK: tl.constexpr, SIZE: tl.
 
 
 @triton.jit
-def add_tile(
-    base, start, stride, length, tile, BLOCK: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr
-):
-    """The same, added to what is there. Nobody waits for it, and the order is that in which programs come."""
-    rows, dims = tl.arange(0, BLOCK), tl.arange(0, DIM)
-    at = base + start.to(tl.int64) * stride + rows[:, None] * stride + dims[None, :]
-    if CHECK:
-        tl.atomic_add(at, tile, (start + rows < length)[:, None] & (dims < SIZE)[None, :], sem="relaxed")
-    elif SIZE < DIM:
-        tl.atomic_add(at, tile, (dims < SIZE)[None, :], sem="relaxed")
-    else:
-        tl.atomic_add(at, tile, sem="relaxed")
-
-
-@triton.jit
 def tanh(x):
     """To float32 accuracy. Below 0.6 an odd polynomial (our own minimax fit, relative error 3e-9), because there
     1 - 2 / (exp(2x) + 1) cancels."""

@@ -459,7 +459,7 @@ def test_what_auto_means_can_be_set(preferred, monkeypatch):
     assert calls
     with pytest.raises(
         ValueError,
-        match="backend is 'fast', expected one of auto, flex, flex_flash, flash, triton, triton_fused, blockwise",
+        match="backend is 'fast', expected one of auto, flex, flex_flash, flash, triton, blockwise",
     ):
         flexmask.set_backend("fast")
     code = "import flexmask.attention as a; print(a._override)"

@@ -56,14 +56,7 @@ def use_tiles(patch, m, n, *, on_gpu=False):
     if DEVICE == "cuda" and not on_gpu:
         return
     config = Config(m, n, num_warps=4, num_stages=1)
-    patch.setattr(kernels, "configs", lambda *_: Configs(config, config, config, config))
-
-
-def choose(backend, monkeypatch, inputs):
-    """The fused backward, if that is it, also beside the fixture, which asks PyTorch for deterministic algorithms."""
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: backend != "triton_fused")
-    if backend == "triton_fused" and kernels.pinned_configs(inputs[0].to(DEVICE), inputs[2]).fused is None:
-        pytest.skip("on this GPU the fused backward does not pay for this dtype and head size, so there is none")
+    patch.setattr(kernels, "configs", lambda *_: Configs(config, config, config))
 
 
 def check(inputs, ends, positions, visible, *, window=None, softcap=None, sinks=None, scale=None, backend="triton"):
@@ -132,47 +125,6 @@ def test_query_heads_read_the_key_heads_of_their_group(monkeypatch):
     check(inputs, ends, positions, visible, sinks=s)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
-@pytest.mark.parametrize(
-    "length, dims, features",
-    [
-        (300, (24, 40), {"softcap": 1.5, "window": 50, "scale": 0.3, "sinks": True}),  # they need bounds
-        (256, (24, 40), {}),
-        (256, (32, 32), {}),
-    ],
-)
-def test_fused_backward(length, dims, features, dtype, monkeypatch):
-    """dK, dV and dQ in one kernel, and the one of dQ never."""
-    use_tiles(monkeypatch, 64, 128)
-    monkeypatch.setattr(kernels, "dq_kernel", None)
-    *inputs, s, ends, positions, visible = problem(
-        5, length, batch=2, heads=4, kv_heads=2, dim=dims[0], value_dim=dims[1], dtype=dtype
-    )
-    choose("triton_fused", monkeypatch, inputs)
-    sinks = s if features.get("sinks") else None
-    check(inputs, ends, positions, visible, backend="triton_fused", **features | {"sinks": sinks})
-
-
-def test_fused_backward_gives_way_to_deterministic_algorithms(monkeypatch):
-    use_tiles(monkeypatch, 64, 128)
-    *inputs, _, ends, _, _ = problem(5, 40, heads=1, kv_heads=1, dim=16, value_dim=16, dtype=torch.float16)
-    launched = []
-    for name in ("dkv_kernel", "dq_kernel"):
-        kernel = getattr(kernels, name)
-
-        class Launches:
-            def __getitem__(self, grid, name=name, kernel=kernel):
-                return lambda *a, **k: launched.append((name, k.get("FUSED"))) or kernel[grid](*a, **k)
-
-        monkeypatch.setattr(kernels, name, Launches())
-    tensors = [x.detach().to(DEVICE).requires_grad_() for x in inputs]
-    choose("triton_fused", monkeypatch, inputs)
-    for chosen in (True, False):
-        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda chosen=chosen: chosen)
-        tree_attention(*tensors, ends.to(DEVICE), backend="triton_fused").sum().backward()
-    assert launched == [("dkv_kernel", False), ("dq_kernel", None), ("dkv_kernel", True)]
-
-
 @pytest.mark.parametrize("sinks", ["column", "expanded", "nothing"])
 def test_sinks_of_any_layout(sinks, monkeypatch):
     """The bug guarded: a column or an expanded scalar was read as if contiguous, and a sink of -inf gave NaN."""
@@ -199,12 +151,9 @@ def test_queries_keys_and_values_are_not_copied(monkeypatch):
     assert [x.data_ptr() for x in launched[0][:3]] == [x.data_ptr() for x in (q, k, v)]
 
 
-@pytest.mark.parametrize(
-    "backend, tiles", [("triton", (128, 128)), ("triton_fused", (128, 128)), ("triton_fused", (64, 64))]
-)
-def test_a_long_row_of_conversations(backend, tiles, monkeypatch):
+def test_a_long_row_of_conversations(monkeypatch):
     """Full, partial and empty tiles; a length that is no multiple of a block; and padding at the end."""
-    use_tiles(monkeypatch, *tiles)
+    use_tiles(monkeypatch, 128, 128)
     rng = np.random.default_rng(0)
     row = TokenTree.concat([TokenTree.from_passes(conversation_passes(rng, n, 30, 150, 60)) for n in (2, 1)])
     length, padding = 1023, 1023 - len(row)
@@ -215,16 +164,14 @@ def test_a_long_row_of_conversations(backend, tiles, monkeypatch):
     places = torch.arange(length)
     visible = (places[None] <= places[:, None]) & (places[:, None] < ends[0][None])
     *inputs, _, _, positions, _ = problem(1, length, heads=2, kv_heads=1, dim=16, value_dim=16, dtype=torch.float32)
-    choose(backend, monkeypatch, inputs)
-    check(inputs, ends, positions, visible[None], backend=backend)
+    check(inputs, ends, positions, visible[None])
 
 
 PINNED = {
     (config.block_m, config.block_n)
     for sizes in TABLE.values()
     for chosen in sizes.values()
-    for config in (chosen.forward, chosen.dkv, chosen.dq, chosen.fused)
-    if config
+    for config in (chosen.forward, chosen.dkv, chosen.dq)
 }
 
 
@@ -247,15 +194,13 @@ def test_rows_of_nothing_but_padding(monkeypatch):
     check(inputs, ends, places.expand(2, -1), torch.stack([torch.eye(200, dtype=torch.bool), causal]))
 
 
-@pytest.mark.parametrize("backend", ["triton", "triton_fused"])
-def test_a_full_tile_that_reaches_beyond_the_row(backend, monkeypatch):
+def test_a_full_tile_that_reaches_beyond_the_row(monkeypatch):
     """One plain sequence: queries 128 to 129 are a full tile against the first keys, cut into tiles that hold none."""
     use_tiles(monkeypatch, 32, 64, on_gpu=True)
     *inputs, _, _, _, _ = problem(3, 130, heads=2, dim=16, value_dim=16, dtype=torch.float32)
-    choose(backend, monkeypatch, inputs)
     places = torch.arange(130)
     causal = (places[None] <= places[:, None])[None]
-    check(inputs, torch.full((1, 130), 130, dtype=torch.int32), places[None], causal, backend=backend)
+    check(inputs, torch.full((1, 130), 130, dtype=torch.int32), places[None], causal)
 
 
 def test_strided_inputs_as_transformers_hands_them_over(monkeypatch):
@@ -417,10 +362,8 @@ def test_operators_satisfy_pytorch(monkeypatch):
     lists = tile_lists(ends)
     tensors = [getattr(lists, field.name) for field in dataclasses.fields(lists)]
     ends, positions = (triton_backend._whole_blocks(x) for x in (ends, positions))
-    for softcap, window, sinks, deterministic in ((None, None, None, True), (1.5, 5, s, True), (1.5, 5, s, False)):
-        if DEVICE == "cuda" and not deterministic:
-            continue  # float32 has no fused backward there
-        arguments = (q, k, v, ends, tensors, positions, sinks, 0.5, softcap, window, deterministic)
+    for softcap, window, sinks in ((None, None, None), (1.5, 5, s)):
+        arguments = (q, k, v, ends, tensors, positions, sinks, 0.5, softcap, window)
         torch.library.opcheck(kernels._forward, arguments)
 
 
@@ -439,8 +382,6 @@ def test_what_the_kernels_do_not_have_is_refused():
         kernels.tree_attention(q, k, v, ends, lists, scale=1.0, sliding_window=4)
     with pytest.raises(ValueError, match="lists have 1 lines, expected 2, of blocks of 128 tokens"):
         kernels.tree_attention(*(x.new_ones(1, 2, 140, 16) for x in (q, k, v)), ends, lists, scale=1.0)
-    with pytest.raises(NotImplementedError, match=r"no fused backward for torch\.float32 and head sizes of 16 and 16"):
-        kernels.tree_attention(q, k, v, ends, lists, scale=1.0, deterministic=False)
     with pytest.raises(NotImplementedError, match=r"compute capability 8.0 or newer, this device has 7.5"):
         configs((7, 5), 64, torch.float16)
     assert [architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 1))] == [80, 120, 90, 100, 120]
@@ -475,28 +416,20 @@ def test_pinned_configurations_compile_ahead_of_time():
     """A sample here (head size 128, Hopper); `make kernels-check` compiles the whole table. Bounds of the instructions of a step
     are a twentieth above the most that Triton 3.6, 3.7.1 and 3.9 need."""
     code = """
-import re
-
 import torch
 from flexmask_kernels.check import KERNELS, SHARED_MEMORY, TABLE, compile_ahead, usage
-most = {"forward": (402, 489, 560), "dkv": (506, 667), "dq": (363, 452, 523), "fused": (735, 881)}
+most = {"forward": (402, 489, 560), "dkv": (506, 667), "dq": (363, 452, 523)}
 compiled = {
-    name: compile_ahead(
-        KERNELS[name], getattr(TABLE[90, False][128], name), 90, torch.bfloat16, 128, 128, FUSED=name == "fused"
-    )
-    for name in most
+    name: compile_ahead(KERNELS[name], getattr(TABLE[90, False][128], name), 90, torch.bfloat16, 128, 128) for name in most
 }
 for name, bounds in most.items():
     found = usage(compiled[name])
     assert found.shared <= SHARED_MEMORY[90] and found.tensor_cores == "wgmma", found
     assert len(found.steps) == len(bounds) and all(n <= bound for n, bound in zip(found.steps, bounds)), (name, found)
-    assert name in ("dkv", "fused") or found.spilled == 0, (name, found)
+    assert name == "dkv" or found.spilled == 0, (name, found)
 # The bug guarded: with the index loaded in the step that uses it, the loop over full tiles loaded one step ahead only.
 text = compiled["forward"].asm["ttgir"]
 assert text.count("memdesc<3x64x128xbf16") >= 4 and "memdesc<2x64x128" not in text
-# Of float32, four at once.
-added = re.findall(r"(?:red|atom)[.]global[.]\\S*", compiled["fused"].asm["ptx"])
-assert added and all(instruction.endswith(".add.v4.f32") for instruction in added), added
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

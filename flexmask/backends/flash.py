@@ -10,7 +10,8 @@ are gathered into one tensor, each after its ancestors'; it lives during the cal
 the kernel takes their gradients as well, for each query head if those share keys. The most it can be: 24 steps of an agent
 (22,000 tokens) gather 180,000 keys; a thousand forks off one beginning, a thousand times that beginning, whose gradients are
 then added up in a thousand steps. Repeatability is that of the kernel: FlashAttention 2 adds up the gradients of queries in
-any order, unless `torch.use_deterministic_algorithms(True)`. Its forward repeats bit by bit, and so does everything on a CPU.
+any order, unless `torch.use_deterministic_algorithms(True)` (with `warn_only=True` it warns and does). Its forward repeats bit by
+bit, and so does everything on a CPU.
 """
 
 from __future__ import annotations

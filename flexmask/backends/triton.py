@@ -20,9 +20,8 @@ def attention(
     sliding_window: int | None,
     position_ids: Tensor | None,
     sinks: Tensor | None,
-    deterministic: bool = True,
 ) -> Tensor:
-    """See `flexmask.tree_attention`, which checks the arguments, and for `deterministic` the kernels' own `tree_attention`.
+    """See `flexmask.tree_attention`, which checks the arguments.
 
     Raises:
         NotImplementedError: Triton is not installed; or a dtype, head size or device that the kernels do not have.
@@ -47,15 +46,7 @@ def attention(
         sliding_window=sliding_window,
         position_ids=position_ids,
         sinks=sinks,
-        deterministic=deterministic,
     )
-
-
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor, **arguments) -> Tensor:
-    """`attention` with the backward of five products, whose sums have no fixed order; the other one where PyTorch was told to use
-    deterministic algorithms. No GPU has run it yet."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return attention(query, key, value, subtree_end, deterministic=deterministic, **arguments)
 
 
 def _whole_blocks(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """fla's Triton kernels on a tree in Triton's interpreter, against a loop over tokens in float64. Run by test_fla.py in a
 process of its own: where fla can be imported, transformers would take its kernels for models on a CPU, too.
 
-Prints, as JSON, of each kind of recurrence the relative error of the output and of each gradient, and how many kernels were
-launched.
+Prints, as JSON, of each kind of recurrence the relative error of the output and of each gradient, how many kernels were
+launched, and how often fla counted the chunks of a row, for which it may wait for the GPU.
 
 python fla_on_trees.py FOLDER_OF_FLA
 """
@@ -21,7 +21,7 @@ import warnings
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import InterpretedFunction
 
-launches = 0
+launches = counts = 0
 
 
 class Counter(int):
@@ -71,6 +71,19 @@ def prepare(folder: str) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("fla.ops") and module is not None:
             vars(module).setdefault("range", counting_range)
+            if name.startswith("fla.ops.common."):
+                vars(module).update(
+                    {of: in_count(x) for of, x in vars(module).items() if of == "prepare_chunk_offsets"}
+                )
+
+
+def in_count(function):
+    def asked(*args, **kwargs):
+        global counts
+        counts += 1
+        return function(*args, **kwargs)
+
+    return asked
 
 
 def measure(kind: str) -> dict:
@@ -96,7 +109,7 @@ def measure(kind: str) -> dict:
     expected = reference_scan(*exact, parent, 0.25)
     (expected * weight).sum().backward()
     rounded = [None if x is None else x[None].float() for x in inputs]
-    before = launches
+    before, counts_before = launches, counts
     out = fla.forward(*rounded, end, 0.25)
     between = launches
     found = fla.backward(weight[None].float(), *rounded, end, 0.25)
@@ -107,7 +120,8 @@ def measure(kind: str) -> dict:
     errors = {"out": error(out[0, :-3], expected[:-3])}
     errors |= {n: error(x, y.grad) for n, x, y in zip("qkvgb", found, exact, strict=True) if y is not None}
     levels = len(fla._plan(end).levels)
-    return {"errors": errors, "levels": levels, "forward": between - before, "backward": launches - between}
+    launched = {"forward": between - before, "backward": launches - between}
+    return {"errors": errors, "levels": levels, "counts": counts - counts_before, **launched}
 
 
 if __name__ == "__main__":

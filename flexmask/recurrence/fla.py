@@ -4,7 +4,8 @@ Its kernels know packed sequences, and so does a tree if its runs are the sequen
 chunks, and one call serves the row. States alone go from run to run: of fla's own forward and backward, the functions that
 make them are replaced by ours, which call them for the runs of one level after the other and hand the final states on. That
 is a launch for each level beside 13 for the whole row (about 20 in the backward), and no token is computed twice. The row is
-brought into the order of levels first, so that those of a level are a slice.
+brought into the order of levels first, so that those of a level are a slice. Where the chunks of a run begin is counted once, and
+not by fla in each of those calls, for which it would wait for the GPU.
 
 What a layer computes is rounded as in fla's own models: states at the beginning of chunks to 16 bits.
 """
@@ -130,7 +131,7 @@ def _fwd_h(library: Callable, plan: _Plan, *, k, w, u, g=None, gk=None, **others
     for level in plan.levels:
         of_tokens = {name: _cut(x, level.tokens) for name, x in (("k", k), ("w", w), ("u", u), ("g", g), ("gk", gk))}
         start = None if level.parents is None else final[level.parents]
-        h, v_new, final = library(
+        h, v_new, final = level.counted(library)(
             **of_tokens, initial_state=start, output_final_state=True, **level.row, **_unless(others, "initial_state")
         )
         states.append(h)
@@ -148,7 +149,9 @@ def _bwd_dhu(
         start = (
             None if level.parents is None else k.new_empty(level.runs, dv.shape[2], k.shape[-1], dv.shape[-1]).float()
         )
-        d_h, d_start, d_v = library(**of_tokens, h0=start, dht=d_final, **level.row, **_unless(others, "h0", "dht"))
+        d_h, d_start, d_v = level.counted(library)(
+            **of_tokens, h0=start, dht=d_final, **level.row, **_unless(others, "h0", "dht")
+        )
         d_states.append(d_h)
         d_new.append(d_v)
         d_final = level.to_parents(d_start)
@@ -160,7 +163,7 @@ def _gla_fwd_h(library: Callable, plan: _Plan, *, k, v, g, **others) -> tuple[Te
     for level in plan.levels:
         of_tokens = {name: _cut(x, level.tokens) for name, x in (("k", k), ("v", v), ("g", g))}
         start = None if level.parents is None else final[level.parents]
-        h, final = library(
+        h, final = level.counted(library)(
             **of_tokens, h0=start, cu_seqlens=level.row["cu_seqlens"], **_unless(others, "h0", "output_final_state")
             | {"output_final_state": True},
         )  # fmt: skip
@@ -173,7 +176,7 @@ def _gla_bwd_dh(library: Callable, plan: _Plan, *, q, k, v, g, do, **others) -> 
     for level in reversed(plan.levels):
         of_tokens = {name: _cut(x, level.tokens) for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("do", do))}
         start = None if level.parents is None else k.new_empty(level.runs, v.shape[2], k.shape[-1], v.shape[-1]).float()
-        d_h, d_start = library(
+        d_h, d_start = level.counted(library)(
             **of_tokens, h0=start, dht=d_final, cu_seqlens=level.row["cu_seqlens"], **_unless(others, "h0", "dht")
         )
         d_states.append(d_h)
@@ -222,19 +225,31 @@ def _unknown() -> list[str]:
     found = []
     for name, (kind, states) in _FUNCTIONS.items():
         function = inspect.unwrap(getattr(_kernels(kind), name, None) or (lambda: None))
-        if not states.keys() <= set(function.__code__.co_names) & function.__globals__.keys():
+        if not _finds(function, *states) or not all(_finds(function.__globals__[of], _OFFSETS) for of in states):
             found.append(name)
     return found
+
+
+def _finds(function: Callable, *names: str) -> bool:
+    """Whether it looks these up in its module."""
+    function = inspect.unwrap(function)
+    return set(names) <= set(function.__code__.co_names) & function.__globals__.keys()
 
 
 def _on_tree(name: str, plan: _Plan) -> Callable:
     """A function of fla that finds ours under the names of its functions for states; fla itself stays as it is."""
     kind, states = _FUNCTIONS[name]
-    function = inspect.unwrap(getattr(_kernels(kind), name))
-    replaced = {name: functools.partial(ours, function.__globals__[name], plan) for name, ours in states.items()}
+    function = getattr(_kernels(kind), name)
+    of_fla = inspect.unwrap(function).__globals__
+    return _finding(function, {name: functools.partial(ours, of_fla[name], plan) for name, ours in states.items()})
+
+
+def _finding(function: Callable, ours: dict[str, Callable]) -> Callable:
+    """A copy of a function, without its decorators, that finds ours under their names in its module."""
+    function = inspect.unwrap(function)
     copy = types.FunctionType(
         function.__code__,
-        function.__globals__ | replaced,
+        function.__globals__ | ours,
         function.__name__,
         function.__defaults__,
         function.__closure__,
@@ -246,6 +261,19 @@ def _on_tree(name: str, plan: _Plan) -> Callable:
 # --------------------------------------------------------------------------------------------------- the order of levels
 
 
+_OFFSETS = "prepare_chunk_offsets"  # the function of fla that counts them
+
+
+class _Offsets(Tensor):
+    """int64 on a GPU, of which entries are known here: fla asks for the last."""
+
+    known: np.ndarray
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __getitem__(self, at: int) -> np.int64:
+        return self.known[at]
+
+
 @dataclass(frozen=True)
 class _Level:
     """Runs with the same number of runs before them.
@@ -254,6 +282,7 @@ class _Level:
         tokens: theirs, in the order of levels.
         runs: how many.
         row: their starts and chunks, as fla wants them.
+        offsets: the first chunk of each run, and their number.
         parents: int64 (runs,), of each run the one in the level above that it continues; None in the first level.
         above: runs of the level above.
     """
@@ -261,8 +290,13 @@ class _Level:
     tokens: slice
     runs: int
     row: dict[str, Tensor]
+    offsets: _Offsets
     parents: Tensor | None
     above: int
+
+    def counted(self, library: Callable) -> Callable:
+        """A function of fla that need not count the chunks of this level."""
+        return _finding(library, {_OFFSETS: lambda *_: self.offsets})
 
     def to_parents(self, d_start: Tensor | None) -> Tensor | None:
         """Gradients of final states of the level above from those of the initial states of this one."""
@@ -309,11 +343,18 @@ def _plan(subtree_end: Tensor) -> _Plan:
         starts, indices = np.append(0, length.cumsum()), np.stack([run, number], 1)
         return {"cu_seqlens": tensor(starts, torch.int32), "chunk_indices": tensor(indices, torch.int32)}
 
+    def offsets(length: np.ndarray) -> _Offsets:
+        known = np.append(0, (-(-length // CHUNK)).cumsum())
+        found = tensor(known).as_subclass(_Offsets)
+        found.known = known
+        return found
+
     levels = []
     for level, (begin, number) in enumerate(zip(first, count, strict=True)):
         of_level = slice(begin, begin + number)
         parents = tensor(rank[row.run_parent[runs[of_level]]]) if level else None
         tokens = slice(int(starts[begin]), int(starts[begin + number]))
         above = int(count[level - 1]) if level else 0
-        levels.append(_Level(tokens, int(number), packed(length[of_level]), parents, above))
+        of_runs = length[of_level]
+        levels.append(_Level(tokens, int(number), packed(of_runs), offsets(of_runs), parents, above))
     return _Plan(tensor(order), tensor(np.argsort(order)), packed(length), tuple(levels))

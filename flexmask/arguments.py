@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .data import OVERLONG, TreeMaker
-from .messages import COLUMNS, ConversationError, is_weight
+from .messages import COLUMNS, RESERVED, ConversationError, is_weight
 from .passes import EMPTY_REASONING, TRAIN_ON, render_passes
 from .sources import SUFFIXES
 from .tree import LOSS_REDUCTIONS
@@ -264,13 +263,13 @@ class TemplateArguments:
     )
 
     def __post_init__(self):
-        for name in sorted(_OURS & _json_object("chat_template_kwargs", self.chat_template_kwargs).keys()):
+        for name in sorted((_OURS | RESERVED) & _json_object("chat_template_kwargs", self.chat_template_kwargs).keys()):
             raise ValueError(
                 f"chat_template_kwargs has {name!r}, which is an option of flexmask and does not reach the template"
             )
         check_choice("train_on", self.train_on, TRAIN_ON)
         check_choice("empty_reasoning", self.empty_reasoning, EMPTY_REASONING)
-        if not 0 <= self.reasoning_weight < math.inf:
+        if not is_weight(self.reasoning_weight):
             raise ValueError(f"reasoning_weight is {self.reasoning_weight}, expected a number that is not negative")
 
     def options(self) -> dict:

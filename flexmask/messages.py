@@ -26,7 +26,7 @@ ROLE_NAMES = {role: role for role in ROLES} | {
     "chatgpt": "assistant",
 }
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-TRAIN_FLAGS = ("train", "loss", "training")
+TRAIN_FLAGS = ("train", "loss", "training", "loss_mask")
 WEIGHTS = ("weight", "reasoning_weight")
 
 # Columns of a record, each under the names that others use.
@@ -34,15 +34,8 @@ _TOOLS = ("tools", "functions", "tool_defs")
 _SYSTEM = ("system", "system_prompt")
 COLUMNS = ("messages", "conversations", "prompt", "completion", "chat_template_kwargs", *_TOOLS, *_SYSTEM)
 _OF_A_REQUEST = {"add_generation_prompt", "continue_final_message", "tokenize"}  # to a server; training decides itself
-_RESERVED = {
-    "messages",
-    "conversation",
-    "tools",
-    "chat_template",
-    "padding",
-    "truncation",
-    "return_tensors",
-}
+_OF_RENDERING = {"messages", "conversation", "tools", "chat_template", "padding", "truncation", "return_tensors"}
+RESERVED = _OF_A_REQUEST | _OF_RENDERING  # no argument of a template has one of these names
 # Keys to which others give a meaning that would be lost here, and which values mean something. Of a record, then of a message.
 _MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio")
 
@@ -51,32 +44,50 @@ def _is_given(value) -> bool:
     return value not in (False, "", [], {})
 
 
+def _is_no(value) -> bool:
+    return value in (False, 0)
+
+
+def _is_missing(value) -> bool:
+    """Of a column: pandas has NaN where a row has nothing."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 _MEANT = {
     **dict.fromkeys(_MEDIA, (_is_given, "is for models of other media")),
-    **dict.fromkeys(("label", "kto_tag"), (lambda value: value is False, "says that the answer is not wanted")),
+    **dict.fromkeys(("label", "kto_tag"), (_is_no, "says that the answer is not wanted")),
     "rejected_response": (_is_given, "is for preference training"),
     **dict.fromkeys(
         ("weight", "loss_weight", "sample_weight"),
         (lambda value: value != 1, "weighs a whole record; give its messages a weight"),
     ),
-    **dict.fromkeys(TRAIN_FLAGS, (lambda value: value is False, 'is read on messages only ("train": false)')),
-    "loss_mask": (_is_given, 'is read on messages only ("train": false)'),
+    **dict.fromkeys(TRAIN_FLAGS, (lambda value: value not in (True, 1), 'is read on messages only ("train": false)')),
 }
 _MEANT_IN_MESSAGE = {
     **dict.fromkeys(_MEDIA, (_is_given, "is for models of other media")),
     **dict.fromkeys(
-        ("training_detail", "train_detail", "loss_mask"),
-        (_is_given, "trains parts of a message, which is not supported"),
+        ("training_detail", "train_detail"), (_is_given, "trains parts of a message, which is not supported")
     ),
+    "loss_mask": (lambda value: isinstance(value, list) and value, "trains parts of a message, which is not supported"),
     "loss_scale": (lambda value: value != 1, "is not read; call it weight"),
     "prefix": (_is_given, "continues a message, which is not supported"),
     "refusal": (_is_given, "stands in for the content; move it there, or leave the message out"),
 }
+_MEANT_IN_PART = {
+    **dict.fromkeys(_MEDIA, (_is_given, "is for models of other media")),
+    **dict.fromkeys(
+        (*TRAIN_FLAGS, *WEIGHTS),
+        (lambda value: value not in (True, 1), "trains parts of a message, which is not supported"),
+    ),
+}
+_ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
 _THINK = re.compile(r"</?think>")
 # A block before the answer; or what a server leaves of it where the prompt opened it, on lines of its own.
 _BLOCK = re.compile(r"\s*<think>(.*?)</think>(?:[ \t]*\n+|[ \t]+|$)?", re.DOTALL)
-_CLOSED_BLOCK = re.compile(r"(.*?)(?:\n</think>[ \t]*\n*|</think>(?:[ \t]*\n+|$))", re.DOTALL)
+_CLOSED_BLOCK = re.compile(r"(.*?)(?:\n|\A)</think>[ \t]*\n*", re.DOTALL)
+_WHOLE_BLOCK = re.compile(r"\s*<think>((?:(?!</?think>).)*)</think>\s*", re.DOTALL)
+_LARGEST = 3.4e38  # what float32 holds, in which weights are kept
 
 TOO_DEEP = "is nested too deeply"
 NOTHING_TO_TRAIN = 'no assistant message to train (none at all, or all have "train": false or weight 0)'
@@ -96,7 +107,7 @@ class Conversation(dict):
     Attributes:
         origin: where it came from (`data.jsonl:12`), for errors that are found later.
         names: what each message is called in errors, by its place in the record (`message 3 (user)`).
-        ignored: keys of the record that nobody reads.
+        ignored: keys of the record that nobody reads, and of the calls and parts of its messages (`content[].citations`).
         absent: names of `columns` that the record lacks.
     """
 
@@ -131,7 +142,9 @@ def read_conversation(record, origin: str = "", columns: Mapping[str, str] | Non
 def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
     if not isinstance(record, Mapping):
         raise ConversationError(f"is {type(record).__name__}, expected an object with messages")
-    record = {key: value for key, value in record.items() if value is not None}
+    record = {key: value for key, value in record.items() if not _is_missing(value)}
+    for ours in columns.keys() - set(COLUMNS):
+        raise ConversationError(f"columns has {ours!r}, expected names of flexmask's own: {', '.join(COLUMNS)}")
     renamed = {ours: theirs for ours, theirs in columns.items() if theirs in record}
     absent = [theirs for theirs in columns.values() if theirs not in record]
     for ours, theirs in columns.items():
@@ -140,7 +153,7 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
     overwritten = record.keys() & renamed.keys() - set(renamed.values())
     rest = {key: value for key, value in record.items() if key not in renamed.values()}
     record = rest | {ours: record[theirs] for ours, theirs in renamed.items()}
-    written, names = _written_messages(record)
+    written, names, column = _written_messages(record)
     system = _one_of(record, _SYSTEM)
     if system is not None and not isinstance(system, str):
         raise ConversationError(f"system is {type(system).__name__}, expected a string")
@@ -151,19 +164,17 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
             raise ConversationError("has a system column and a system message that differ, expected one of them")
         written, names = [{"role": "system", "content": system}, *written], ["system column", *names]
 
-    written, names = _with_results_apart(written, names)
-    messages = [_message(message, name) for message, name in zip(written, names, strict=True)]
+    messages, names, unread = _read_messages(written, names)
     if not any(map(is_trained, messages)):
         raise ConversationError(NOTHING_TO_TRAIN)
-    ignored = list(overwritten)
+    ignored = [*overwritten, *unread]
     for key in record.keys() - set(COLUMNS):
         if key in _MEANT and _MEANT[key][0](record[key]):
             raise ConversationError(f"has a key {key!r}, which {_MEANT[key][1]}; remove it from the record")
         ignored.append(str(key))
-    if "messages" in record:
-        ignored += record.keys() & {"conversations", "prompt", "completion"}
-    elif "conversations" in record:
-        ignored += record.keys() & {"prompt", "completion"}
+    if column is not None:
+        others = {"messages", "conversations", "prompt", "completion"} - {column}
+        ignored += [key for key in record.keys() & others if _is_given(record[key])]
 
     conversation = Conversation(
         {key: value for key, value in record.items() if key not in COLUMNS} | {"messages": messages}
@@ -180,7 +191,7 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
     for key in arguments.keys() & _OF_A_REQUEST:
         del arguments[key]
         conversation.ignored = [*conversation.ignored, f"chat_template_kwargs.{key}"]
-    for key in arguments.keys() & _RESERVED:
+    for key in arguments.keys() & _OF_RENDERING:
         raise ConversationError(
             f"chat_template_kwargs has {key!r}, which is a column of the record or an option of the run"
         )
@@ -189,14 +200,14 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
     return conversation
 
 
-def _written_messages(record: Mapping) -> tuple[list, list[str]]:
-    """The messages as they were written, and what to call them."""
+def _written_messages(record: Mapping) -> tuple[list, list[str], str | None]:
+    """The messages as they were written, what to call them, and the column that they are, if it is one."""
     for key in ("messages", "conversations"):
         if key in record and (record[key] != [] or "conversations" not in record or key == "conversations"):
             written = _parsed(record[key], key, Sequence, "a list of messages")
             if not written:
                 raise ConversationError("the conversation is empty")
-            return list(written), [f"message {i}" for i in range(len(written))]
+            return list(written), [f"message {i}" for i in range(len(written))], key
     if "prompt" not in record or "completion" not in record:
         raise ConversationError(
             f"has the keys {_keys(record)}, expected messages (or conversations, or prompt and completion)"
@@ -215,12 +226,12 @@ def _written_messages(record: Mapping) -> tuple[list, list[str]]:
             )
         for i, message in enumerate(_parsed(part, key, Sequence, "a list of messages")):
             if key == "prompt" and isinstance(message, Mapping):
-                message = {**message, "train": False}
+                message = {name: value for name, value in message.items() if name not in TRAIN_FLAGS} | {"train": False}
             written.append(message)
             names.append(f"{key} {i}")
     if not written:
         raise ConversationError("the conversation is empty")
-    return written, names
+    return written, names, None
 
 
 def _one_of(record: Mapping, names: Sequence[str]):
@@ -287,8 +298,14 @@ def read_messages(messages) -> list[dict]:
         raise ConversationError(f"messages is {type(messages).__name__}, expected a list of messages")
     if not messages:
         raise ConversationError("the conversation is empty")
-    written, names = _with_results_apart(messages, [f"message {i}" for i in range(len(messages))])
-    return [_message(message, name) for message, name in zip(written, names, strict=True)]
+    return _read_messages(messages, [f"message {i}" for i in range(len(messages))])[0]
+
+
+def _read_messages(written: Sequence, names: Sequence[str]) -> tuple[list[dict], list[str], list[str]]:
+    """Messages in one form, what to call them, and keys of their calls and parts that nobody reads, each once."""
+    unread: dict[str, None] = {}
+    written, names = _with_results_apart(written, names, unread)
+    return [_message(message, name, unread) for message, name in zip(written, names, strict=True)], names, list(unread)
 
 
 def is_trained(message: Mapping) -> bool:
@@ -298,7 +315,7 @@ def is_trained(message: Mapping) -> bool:
 
 def is_weight(value) -> bool:
     """Whether it is a number that is not negative."""
-    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < math.inf
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= _LARGEST
 
 
 def text_of(message: Mapping) -> str:
@@ -333,7 +350,7 @@ def _without_nulls(value):
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _with_results_apart(messages: Sequence, names: Sequence[str]) -> tuple[list, list[str]]:
+def _with_results_apart(messages: Sequence, names: Sequence[str], unread: dict) -> tuple[list, list[str]]:
     """Answers of tools that stand among the parts of a user's message (Anthropic's form) as messages of their own, before it."""
     apart, of = [], []
     for message, name in zip(messages, names, strict=True):
@@ -341,6 +358,7 @@ def _with_results_apart(messages: Sequence, names: Sequence[str]) -> tuple[list,
         parts = content if isinstance(content, list) else []
         results = [part for part in parts if isinstance(part, Mapping) and part.get("type") == "tool_result"]
         for part in results:
+            _note_unread(part, ("type", "content", "tool_use_id"), "content[]", unread)
             apart.append(
                 {"role": "tool", "content": part.get("content") or "", "tool_call_id": part.get("tool_use_id")}
             )
@@ -352,7 +370,11 @@ def _with_results_apart(messages: Sequence, names: Sequence[str]) -> tuple[list,
     return apart, of
 
 
-def _message(message, name: str) -> dict:
+def _note_unread(of: Mapping, known: Sequence[str], what: str, unread: dict) -> None:
+    unread.update(dict.fromkeys(f"{what}.{key}" for key, value in of.items() if value is not None and key not in known))
+
+
+def _message(message, name: str, unread: dict) -> dict:
     if not isinstance(message, Mapping):
         raise ConversationError(f"{name} is {type(message).__name__}, expected an object with role and content")
     message = {key: value for key, value in message.items() if value is not None}
@@ -375,14 +397,14 @@ def _message(message, name: str) -> dict:
     message["role"] = role
     _read_training(message, where)
     if role == "assistant":
-        _read_calls(message, where)
+        _read_calls(message, where, unread)
         if message.get("tool_calls"):
             message.setdefault("content", "")
     else:
         for key in ("tool_calls", "function_call"):
             if _is_given(message.pop(key, False)):
                 raise ConversationError(f"{where}: has {key}, which only an assistant's message may have")
-    reasoning = _read_content(message, where)
+    reasoning = _read_content(message, where, unread)
     if role == "assistant":
         _read_reasoning(message, reasoning, where)
     return message
@@ -401,12 +423,18 @@ def _read_training(message: dict, where: str) -> None:
         raise ConversationError(f"{where}: {' and '.join(flags)} differ, expected one of them")
     if flags:
         message["train"] = next(iter(flags.values()))
+        if message["train"] and message["role"] != "assistant":
+            raise ConversationError(
+                f"{where}: {next(iter(flags))} is true, and only an assistant's messages are trained"
+            )
     for name in WEIGHTS:
         if not is_weight(message.get(name, 1)):
-            raise ConversationError(f"{where}: {name} is {message[name]!r}, expected a number that is not negative")
+            raise ConversationError(
+                f"{where}: {name} is {_short(message[name])}, expected a number that is not negative, of float32"
+            )
 
 
-def _read_calls(message: dict, where: str) -> None:
+def _read_calls(message: dict, where: str, unread: dict) -> None:
     """`tool_calls`: a list of `{"type": "function", "function": {"name": …, "arguments": {…}}}`, ids kept; gone if empty."""
     calls = _parsed(message.pop("tool_calls", None) or [], f"{where}: tool_calls", Sequence, "a list")
     legacy = message.pop("function_call", None)
@@ -414,31 +442,39 @@ def _read_calls(message: dict, where: str) -> None:
         if calls:
             raise ConversationError(f"{where}: has tool_calls and function_call, expected one of them")
         calls = legacy if isinstance(legacy, list) else [legacy]
-    read = [_call(call, where) for call in calls]
+    read = [_call(call, where, unread) for call in calls]
     if read:
         message["tool_calls"] = read
 
 
-def _call(call, where: str) -> dict:
+def _call(call, where: str, unread: dict) -> dict:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise ConversationError(f"{where}: tool_calls has {_short(call)}, expected a function with a name")
-    arguments = function.get("arguments", function.get("parameters"))
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        arguments = {}
     of = f"{where}: the arguments of its call of {function['name']!r}"
+    given = [(key, spot[key]) for spot in (function, call) for key in _ARGUMENTS if spot.get(key) not in (None, "")]
+    if any(value != given[0][1] for _, value in given):
+        raise ConversationError(f"{of} are {' and '.join(dict(given))}, which differ; expected one of them")
+    others = [key for key in function if key not in ("name", "id", "type", "index", *_ARGUMENTS)]
+    if others and not given:
+        raise ConversationError(f"{of} are missing: it has {', '.join(others)}, expected arguments")
+    _note_unread(function, ("name", "id", "type", "index", *_ARGUMENTS), "tool_calls[].function", unread)
+    arguments = given[0][1] if given else {}
+    if isinstance(arguments, str) and not arguments.strip():
+        arguments = {}
     arguments = dict(_parsed(arguments, of, Mapping, "an object"))
     try:
         json.dumps(arguments, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConversationError(f"{of} are no JSON: {error}") from error
-    rest = {} if function is call else {key: value for key, value in call.items() if value is not None}
+    rest = {} if function is call else {k: v for k, v in call.items() if v is not None and k not in _ARGUMENTS}
     rest |= {"id": call["id"]} if function is call and call.get("id") is not None else {}
     return rest | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _read_content(message: dict, where: str) -> list[str]:
-    """`content`: a text, or a list of text parts. Returns the reasoning that stood among the parts."""
+def _read_content(message: dict, where: str, unread: dict) -> list[str]:
+    """`content`: a text, or a list of text parts: of an assistant thoughts, then texts, then calls, as every template writes
+    them. Returns the reasoning that stood among the parts."""
     content = message.get("content")
     if message["role"] == "tool" and (content is None or isinstance(content, Mapping)):
         content = message["content"] = "" if content is None else json.dumps(content, ensure_ascii=False, default=str)
@@ -448,19 +484,28 @@ def _read_content(message: dict, where: str) -> list[str]:
         raise ConversationError(
             f"{where}: content is {type(content).__name__}, expected a string or a list of text parts"
         )
-    texts, reasoning = [], []
+    texts, reasoning, calls = [], [], []
     for part in content:
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         kind = part.get("type", "text" if "text" in part else None) if isinstance(part, Mapping) else None
         kind = kind if isinstance(kind, str) else None
+        for key, (is_meant, why) in _MEANT_IN_PART.items():
+            if kind in _TEXT_PARTS and part.get(key) is not None and is_meant(part[key]):
+                raise ConversationError(f"{where}: content has a part with a key {key!r}, which {why}")
         if kind in ("thinking", "reasoning") and message["role"] == "assistant":
+            if calls or any(text["text"].strip() for text in texts):
+                raise ConversationError(f"{where}: content has a {kind} part after others, expected it before them")
             reasoning.append(_thinking(part, kind, where))
         elif kind == "tool_use" and message["role"] == "assistant":  # Anthropic's calls
             call = {"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")}
-            message.setdefault("tool_calls", []).append(_call(call, where))
+            calls.append(_call(call, where, unread))
+            _note_unread(part, ("type", "id", "name", "input"), "content[]", unread)
         elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            if calls and part["text"].strip():
+                raise ConversationError(f"{where}: content has a text after a call, expected it before them")
             texts.append({"type": "text", "text": part["text"]})
+            _note_unread(part, ("type", "text"), "content[]", unread)
         else:
             raise ConversationError(
                 f"{where}: content has a part {_short(part)}, expected parts of type text"
@@ -469,6 +514,12 @@ def _read_content(message: dict, where: str) -> list[str]:
     message["content"] = texts
     if not texts:
         message["content"] = ""
+    if calls:
+        known = message.setdefault("tool_calls", calls)  # some write them in both places
+        if [call["function"] for call in known] != [call["function"] for call in calls]:
+            raise ConversationError(
+                f"{where}: tool_calls and the tool_use parts of content differ, expected one of them"
+            )
     return reasoning
 
 
@@ -490,6 +541,8 @@ def _read_reasoning(message: dict, from_parts: list[str], where: str) -> None:
             given[field] = reasoning = _thinking({field: reasoning}, field, where)
         if not isinstance(reasoning, str):
             raise ConversationError(f"{where}: {field} is {type(reasoning).__name__}, expected a string")
+        if whole := _WHOLE_BLOCK.fullmatch(reasoning):
+            given[field] = whole[1]
     details = message.pop("reasoning_details", None)
     if details is not None:
         given["reasoning_details"] = _reasoning_details(details, any(map(str.strip, given.values())), where)

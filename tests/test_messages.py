@@ -25,6 +25,7 @@ RECORD = {
     ],
 }
 FUNCTION = CALL["function"]
+PART_OF_CALL = {"type": "tool_use", "id": "call_1", "name": "add", "input": FUNCTION["arguments"]}
 
 
 def changed(change) -> dict:
@@ -244,6 +245,42 @@ def refused(text, *records):
         *refused("has a key 'images'", {"messages": [Q | {"images": ["x"]}, A]}, {"messages": [Q, A], "images": ["x"]}),
         *refused("has a key 'label', which says that the answer is not wanted", {"messages": [Q, A], "label": False}),
         *refused("has a key 'loss_mask'", {"messages": [Q, A | {"loss_mask": [1]}]}),
+        *refused("has a key 'label'", {"messages": [Q, A], "label": 0}),
+        *refused(
+            r"has a key '(train|loss_mask)', which is read on messages only",
+            {"messages": [Q, A], "train": 0},
+            {"messages": [Q, A], "loss_mask": 0},
+        ),
+        *refused("loss is true, and only an assistant's messages are trained", {"messages": [Q | {"loss": True}, A]}),
+        *refused("weight is 1000.*, expected a number", {"messages": [Q, A | {"weight": 10**400}]}),
+        *refused("reasoning_weight is 1e.39, expected", {"messages": [Q, A | {"reasoning_weight": 1e39}]}),
+        *refused(
+            "part with a key '(train|image_url)'",
+            {"messages": [Q, A | {"content": [{"type": "text", "text": "a", "train": False}]}]},
+            {"messages": [Q | {"content": [{"type": "text", "text": "a", "image_url": "x"}]}, A]},
+        ),
+        *refused(
+            "has a thinking part after others",
+            {"messages": [Q, A | {"content": [{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "T"}]}]},
+            {"messages": [Q, A | {"content": [PART_OF_CALL, {"type": "thinking", "thinking": "T"}]}]},
+        ),
+        *refused(
+            "has a text after a call",
+            {"messages": [Q, A | {"content": [PART_OF_CALL, {"type": "text", "text": "a"}]}]},
+        ),
+        *refused(
+            "tool_calls and the tool_use parts of content differ",
+            {"messages": [Q, A | {"content": [PART_OF_CALL], "tool_calls": [{"name": "add", "args": {"a": 1}}]}]},
+        ),
+        *refused(
+            "arguments of its call of 'add' are missing: it has kwargs, expected arguments",
+            {"messages": [Q, A | {"tool_calls": [{"name": "add", "kwargs": {"a": 1}}]}]},
+            {"messages": [Q, A | {"tool_calls": [{"function": {"name": "add", "kwargs": {"a": 1}}}]}]},
+        ),
+        *refused(
+            "are arguments and args, which differ",
+            {"messages": [Q, A | {"tool_calls": [{"name": "add", "args": {"a": 1}, "arguments": {}}]}]},
+        ),
         *refused("<think> is not closed", {"messages": [Q, A | {"content": "<think>I was cut off"}]}),
         *refused(
             "stands inside its text",
@@ -288,7 +325,7 @@ def test_a_system_column_is_not_lost_where_a_user_says_the_same():
     [
         ("T\n</think>\n\n    code", "T", "    code"),
         ("<think>T</think> A", "T", "A"),
-        ("T</think>\nA", "T", "A"),
+        ("</think>\nA", "", "A"),
         ("<think>\nT\n</think>", "T", ""),
         ("<think>\n\n</think>\n\nA", "", "A"),
     ],
@@ -302,6 +339,10 @@ def test_reasoning_in_the_content(content, reasoning, answer):
 def test_a_tag_inside_a_sentence_is_no_thought():
     with pytest.raises(ConversationError, match="</think> stands inside its text"):
         read_messages([Q, A | {"content": "In Qwen3 the tag </think> ends a thought."}])
+    with pytest.raises(ConversationError, match="</think> stands inside its text"):
+        read_messages([Q, A | {"content": "End it with </think>\nand go on."}])
+    untrained = A | {"content": "End it with </think>\nand go on.", "train": False}
+    assert read_messages([Q, untrained])[1]["content"] == untrained["content"]
     two = A | {"content": "a</think>b\n</think>\nc</think>d", "train": False}
     once = read_messages([Q, two, Q, A])
     assert read_messages(once) == once and once[1]["content"] == two["content"]
@@ -326,6 +367,54 @@ def test_what_else_is_read():
     assert message["thinking"] == "T"
     with pytest.raises(ConversationError, match="arguments of its call of 'f' are no JSON"):
         read_messages([Q, A | {"tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}])
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [{"name": "add", "args": FUNCTION["arguments"], "id": "call_1", "type": "tool_call"}],  # LangChain's
+        [{"id": "call_1", "function": {"name": "add"}, "arguments": FUNCTION["arguments"]}],
+        [{"name": "add", "input": FUNCTION["arguments"], "id": "call_1", "index": 0}],
+    ],
+)
+def test_arguments_of_calls_by_other_names(calls):
+    """They were lost, and {} was trained."""
+    [_, message] = read_messages([Q, A | {"tool_calls": calls}])
+    assert message["tool_calls"] == [CALL]
+    [_, twice] = read_messages([Q, {"role": "assistant", "content": [PART_OF_CALL], "tool_calls": calls}])
+    assert twice["tool_calls"] == [CALL] and twice["content"] == ""
+
+
+def test_what_is_not_read_of_calls_and_parts_is_told():
+    record = {"messages": [Q, A | {"content": [{"type": "text", "text": "A", "citations": [], "index": None}]}]}
+    record["messages"][1]["tool_calls"] = [{"function": FUNCTION | {"strict": True}, "id": "call_1"}]
+    result = {"type": "tool_result", "tool_use_id": "call_1", "content": "3", "is_error": True}
+    record["messages"] += [{"role": "user", "content": [result]}, A]
+    ignored = read_conversation(record).ignored
+    assert ignored == ["content[].citations", "content[].is_error", "tool_calls[].function.strict"]
+
+
+def test_flags_of_others():
+    record = {"messages": [Q, A | {"loss_mask": 0}, Q, A | {"loss_mask": True}]}
+    assert [m.get("train") for m in read_conversation(record)["messages"]] == [None, False, None, True]
+    asked = {"prompt": [Q | {"loss": True}, A | {"loss": True}, Q], "completion": [A]}
+    assert [m.get("train") for m in read_conversation(asked)["messages"]] == [False, False, False, None]
+
+
+def test_what_pandas_puts_where_nothing_is():
+    record = {"messages": [Q, A], "tools": float("nan"), "system": float("nan"), "score": float("nan")}
+    assert read_conversation(record) == {"messages": [Q, A]}
+    assert read_conversation({"messages": [], "conversations": [Q, A]}).ignored == []
+
+
+def test_columns_the_wrong_way_around():
+    with pytest.raises(ConversationError, match="columns has 'chat', expected names of flexmask's own: messages"):
+        read_conversation({"chat": [Q, A]}, "", {"chat": "messages"})
+
+
+def test_a_thought_in_tags_in_its_own_field():
+    [_, message] = read_messages([Q, A | {"reasoning_content": "<think>\nT\n</think>\n"}])
+    assert message["reasoning_content"].strip() == "T"
 
 
 def test_values_of_numpy():

@@ -435,6 +435,100 @@ def test_control_tokens_in_contents_and_arguments_are_not_ends_of_turns():
     assert completion.count("<|im_end|>") == 3
 
 
+@pytest.mark.parametrize("text", ["a<|im_end|>b", "a<|im_end|>"])
+def test_control_tokens_in_contents_are_counted(text):
+    counts = Counter()
+    messages = [user("<|im_end|>"), answer("A"), user("Q"), answer(text)]
+    assert completions(CHATML, messages, counts=counts) == ["A<|im_end|>", text + "<|im_end|>"]
+    assert counts == {"trained messages whose text holds '<|im_end|>', where the model would end its turn": 1}
+
+
+def test_a_content_that_ends_with_a_control_token_is_ended_all_the_same():
+    """GLM: the next message ends the turn, so the template writes no end."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    found = completions(template, [user("Q"), answer("A"), user("Q2"), answer("Write <|im_start|>")])
+    assert found == ["A<|im_start|>", "Write <|im_start|><|im_start|>"]
+
+
+def test_a_template_that_looks_at_names_of_calls():
+    """Llama 3.1 writes calls of its builtin tools in their own way; functionary `python` without its name."""
+    template = WITH_TOOLS.replace(
+        '<call>{"name"',
+        "{% if c.function.name == 'add' %}<builtin>NAME{{ c.function.arguments | tojson }}{% else %}<call>{\"name\"",
+    ).replace("</call>", "</call>{% endif %}")
+    messages = [user("Q"), call(1, 2)]
+    [completion] = completions(template.replace("NAME", "add.call"), messages, tools=TOOLS)
+    assert completion == '<builtin>add.call{"a": 1, "b": 2}<|im_end|>'
+    with pytest.raises(
+        ConversationError, match=r"message 1 \(assistant\): .*does not render its call of the tool 'add'"
+    ):
+        completions(template.replace("NAME", ""), messages, tools=TOOLS)
+    with pytest.raises(
+        ConversationError, match=r"message 1 \(assistant\): .*in another way than messages with another"
+    ):
+        completions(template.replace("NAME", "add.call"), [user("Q"), call(1, 2, "R")], tools=TOOLS)
+
+
+@pytest.mark.parametrize("text", ["<x>A", "**A**"])
+def test_a_template_that_looks_at_how_a_text_begins(text):
+    template = CHATML.replace("{{ m.content }}", "{{ m.content[3:] if m.content.startswith('<x>') else m.content }}")
+    if text == "**A**":
+        assert completions(template, [user("Q"), answer(text)]) == ["**A**<|im_end|>"]
+        return
+    with pytest.raises(ConversationError, match=r"message 1 \(assistant\): .*does not render its content as it is"):
+        completions(template, [user("Q"), answer(text)])
+
+
+def test_tags_of_thoughts_inside_a_content():
+    """Ministral's [THINK], MiniMax's <mm:think>: such a content was trained as an answer."""
+    template = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.reasoning_content %}[THINK]{{ m.reasoning_content }}[/THINK]{% endif %}{{ m.content }}",
+    )
+    assert completions(template, [user("Q"), answer("A", "R")]) == ["[THINK]R[/THINK]A<|im_end|>"]
+    with pytest.raises(ConversationError, match=r"its text holds '\[THINK\]', which the chat template writes around"):
+        completions(template, [user("Q"), answer("[THINK]R[/THINK]A")])
+    untrained = [user("Q"), answer("[THINK]R[/THINK]A") | {"train": False}, user("Q"), answer("A")]
+    assert completions(template, untrained) == ["A<|im_end|>"]
+
+
+def test_a_second_call_that_the_context_has_not():
+    """gpt-oss writes the first of several calls; what the second one has stands in the tools, and elsewhere."""
+    template = WITH_TOOLS.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
+    calls = answer("", tool_calls=[call(n, n)["tool_calls"][0] for n in (1, 2)]) | {"train": False}
+    messages = [user("add a 1 b 2"), calls, {"role": "tool", "content": "2"}, answer("A")]
+    with pytest.raises(
+        ConversationError, match=r"message 1 \(assistant\): .*does not render its call of the tool 'add' in"
+    ):
+        completions(template, messages, tools=TOOLS)
+
+
+def test_content_beside_calls_that_the_template_never_writes():
+    """Llama 3.1; where a template writes it at all (gpt-oss), it goes as reasoning goes."""
+    never = WITH_TOOLS.replace("{{ m.content }}{% for c", "{% if not m.tool_calls %}{{ m.content }}{% endif %}{% for c")
+    first = call(1, 2) | {"content": "I add.", "train": False}
+    messages = [user("Q"), first, {"role": "tool", "content": "3"}, answer("A")]
+    with pytest.raises(ConversationError, match=r"message 1 \(assistant\): .*starts 'I add.'"):
+        completions(never, messages, tools=TOOLS)
+    later = WITH_TOOLS.replace(
+        "{{ m.content }}{% for c", "{% if not m.tool_calls or loop.last %}{{ m.content }}{% endif %}{% for c"
+    )
+    assert completions(later, messages, tools=TOOLS) == ["A<|im_end|>"]
+
+
+def test_what_is_learned_of_a_template_does_not_depend_on_other_records():
+    """The bug guarded: arguments that have nothing to do with thinking counted by their names alone."""
+    template = CHATML.replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n{{ start }}{% endif %}"
+    ).replace("\n{{ m.content }}", "\n{% if mode == 'b' and m.role == 'assistant' %}<x></x>{% endif %}{{ m.content }}")
+    for mode in ("a", "b", "a"):
+        [completion] = completions(template, [user("Q"), answer("A")], mode=mode)
+        assert completion == "<x></x>" * (mode == "b") + "A<|im_end|>"
+
+
 def test_switches_in_texts_that_templates_obey_may_go():
     template = CHATML.replace("{{ m.content }}", "{{ m.content.replace('/no_think', '') }}")
     assert turns(template, [user("Why? /no_think"), answer("A")])[0][1] == "A<|im_end|>"

@@ -36,7 +36,7 @@ from ..messages import (
     text_of,
     without_nulls,
 )
-from .probes import Kind, marked, unmarked, visible_at
+from .probes import Kind, call_mark, marked, marked_calls, unmarked, visible_at, without_call_marks
 from .template import Mismatch, Template, template_of
 
 TRAIN_ON = ("all", "last")
@@ -254,10 +254,16 @@ class _Renderer:
         prompts = self._apply(template, contexts, turns, generate=True)
         answers = [template.as_taken(marked(self._messages[turn.index])) for turn in turns]
         messages = [[*context, answer] for context, answer in zip(contexts, answers)]
-        for turn, prompt, answered in zip(turns, prompts, self._apply(template, messages, turns)):
+        all_answered = self._apply(template, messages, turns)
+        written = self._written_otherwise(template, turns, contexts, all_answered)
+        for turn, prompt, answered in zip(turns, prompts, all_answered):
             turn.prompt = prompt
-            turn.lead, visible = self._parts(turn, answered)
-            completion = template.finished(turn.lead + visible, turn.kind.calls, self._options.end_of_turn)
+            if turn.index in written:
+                turn.lead, visible = "", self._continued(turn, written[turn.index])
+            else:
+                turn.lead, visible = self._parts(turn, answered)
+            own = "" if turn.kind.calls else text_of(self._messages[turn.index]).rstrip()
+            completion = template.finished(turn.lead + visible, turn.kind.calls, self._options.end_of_turn, own)
             if completion is None:
                 raise self._error(
                     turn.index,
@@ -265,6 +271,40 @@ class _Renderer:
                     "end_of_turn=… (the token with which the model ends its turn)",
                 )
             turn.completion = completion
+
+    def _written_otherwise(self, template: Template, turns, contexts, all_answered) -> dict[int, str]:
+        """Messages as the template writes them, by their index, where marks in them change that: it may look at the name of a
+        call (functionary's `python`), or at how a text begins. What begins with a letter is looked at once for each kind."""
+        doubtful = []
+        for turn, context, answered in zip(turns, contexts, all_answered):
+            message = self._messages[turn.index]
+            key = turn.kind, message["tool_calls"][0]["function"]["name"] if turn.kind.calls else None
+            plain = all(text[0].isalnum() for text in (reasoning_of(message).strip(), *_pieces(message)[:1]) if text)
+            if not (plain and key in template.unmoved):
+                doubtful.append((turn, [*context, template.as_taken(message)], answered, key if plain else None))
+        if not doubtful:
+            return {}
+        found = {}
+        texts = self._apply(template, [messages for _, messages, _, _ in doubtful], [turn for turn, *_ in doubtful])
+        for (turn, _, answered, key), text in zip(doubtful, texts):
+            if unmarked(answered) != text:
+                found[turn.index] = text
+            elif key:
+                template.unmoved.add(key)
+        return found
+
+    def _continued(self, turn: _Turn, answered: str) -> str:
+        """The completion of a turn in which nothing can be marked, as the template itself continues the prompt."""
+        completion, template = answered.removeprefix(turn.prompt), turn.template
+        usual = turn.index > 0 and turn.kind.follows != "assistant" and answered.startswith(turn.prompt)
+        if not usual or turn.kind.reasoning or template.opened(turn.prompt) or template.thinks(completion):
+            raise self._error(
+                turn.index,
+                "the chat template writes it in another way than messages with another beginning or another name in their call "
+                "(it looks at these), so what the model should generate is not known; "
+                f"it is written as {answered[-80:]!r}",
+            )
+        return completion
 
     def _parts(self, turn: _Turn, answered: str) -> tuple[str, str]:
         """Of the completion of a turn what comes before the first visible piece, and the rest."""
@@ -348,12 +388,14 @@ class _Renderer:
     def _check_context(self, turn: _Turn) -> None:
         """Every text before the last turn is in its prompt, as often as the messages hold it, and every call."""
         pieces = {}  # message -> texts that must be there
+        lost = self._lost_calls(turn)
         for i, message in enumerate(self._messages[: turn.index]):
-            missing = _missing_in_calls(message, turn.prompt)
+            missing = lost.get(i) or _missing_in_calls(message, turn.prompt)
             if missing:
                 raise self._error(i, f"{missing} in the prompt of {self._names[turn.index]}; {_TEMPLATE_WITH_TOOLS}")
             # Content beside calls is reasoning to some templates (gpt-oss), and goes as reasoning goes.
-            if not message.get("tool_calls") and "</think>" not in text_of(message):
+            beside = message.get("tool_calls") and turn.template.writes_content_beside_calls
+            if not beside and "</think>" not in text_of(message):
                 pieces[i] = _pieces(message)
         for i, texts in pieces.items():
             for text in texts:
@@ -364,6 +406,26 @@ class _Renderer:
                         f"the chat template does not render it (or not as it is) in the prompt of {self._names[turn.index]}; "
                         f"it starts {text[:40]!r}; leave it out, move it, or pass a chat_template=… that renders it",
                     )
+
+    def _lost_calls(self, turn: _Turn) -> dict[int, str]:
+        """Calls before a turn that its prompt does not hold, by message: each is rendered with a mark of its own."""
+        context, names = [], {}
+        for i, message in enumerate(self._messages[: turn.index]):
+            if message.get("tool_calls"):
+                message = marked_calls(message, len(names))
+                names |= {len(names) + k: (i, call["function"]["name"]) for k, call in enumerate(message["tool_calls"])}
+            context.append(turn.template.as_taken(message))
+        if not names:
+            return {}
+        try:
+            [rendered] = self._rendered(turn.template, [context], self._tools, True)
+        except Exception:  # a template that looks at the names
+            return {}
+        return {
+            i: f"the chat template does not render its call of the tool {without_call_marks(name)!r}"
+            for k, (i, name) in reversed(names.items())
+            if call_mark(k) not in rendered
+        }
 
     def _check_completion(self, turn: _Turn) -> None:
         """Reasoning, content and calls of a message stand in its completion, one after the other, and one end of turn."""
@@ -382,6 +444,7 @@ class _Renderer:
                 "the model should generate is not known; move the content to a message of its own, or leave it out",
             )
         end = next((token for token in turn.template.closing_tokens if turn.completion.endswith(token)), "")
+        self._check_control_tokens(turn, end)
         visible = turn.completion[len(turn.lead) :].removesuffix(end)
         for text in (
             *_pieces(message),
@@ -394,6 +457,23 @@ class _Renderer:
                 f"the chat template writes it as several turns ({end!r} stands inside); split the message, or pass a "
                 "chat_template=… that writes it as one",
             )
+
+    def _check_control_tokens(self, turn: _Turn, end: str) -> None:
+        """The texts of a message hold nothing that would be read as the end of its thought; an end of its turn is counted."""
+        message = self._messages[turn.index]
+        texts = (reasoning_of(message), *_pieces(message))
+        tags = (tag for thought in turn.template.thoughts for tag in thought)
+        held = next((tag for tag in tags if any(tag in text for text in texts)), None)
+        if held:
+            raise self._error(
+                turn.index,
+                f"its text holds {held!r}, which the chat template writes around thoughts; put the reasoning into "
+                'reasoning_content, or mark the message "train": false',
+            )
+        arguments = _leaves([call["function"]["arguments"] for call in message.get("tool_calls", ())])
+        for token in dict.fromkeys(filter(None, (end, self._tokenizer.eos_token))):
+            if any(token in text for text in (*texts, *arguments)):
+                self._counts[f"trained messages whose text holds {token!r}, where the model would end its turn"] += 1
 
     def _not_rendered(self, turn: _Turn, rendered: str) -> ConversationError:
         message = self._messages[turn.index]

@@ -94,6 +94,7 @@ class Template(ChatTemplate):
         super().__init__(tokenizer, source, arguments, with_tools)
         self._format = reasoning_format
         self._leads: dict[Kind, Lead | ConversationError] = {}
+        self.unmoved: set = set()  # kinds of messages and names of calls in which marks change nothing
 
     def with_arguments(self, **arguments) -> Template:
         """The same template with further arguments; what it learns is kept."""
@@ -213,6 +214,13 @@ class Template(ChatTemplate):
         return None
 
     @functools.cached_property
+    def writes_content_beside_calls(self) -> bool:
+        """Whether the content of a message with calls is written at all."""
+        context, message = probe(Kind("user", False, True, True))
+        answered = self._probed([*context, message], [TOOL])
+        return answered is None or ANSWER in answered
+
+    @functools.cached_property
     def splits_calls_from_content(self) -> bool:
         """Whether a message with content and calls is written otherwise once their answers follow."""
         context, message = probe(Kind("user", False, True, True))
@@ -253,14 +261,14 @@ class Template(ChatTemplate):
             if begin.strip() and prompt.endswith(begin):
                 return begin
         short = prompt.rstrip()
-        for begin, _ in self._thoughts:
+        for begin, _ in self.thoughts:
             if short.endswith(begin):
                 return prompt[len(short) - len(begin) :]
         found = _OPENING.search(prompt)
         return found[0] if found and "end" not in found[0].lower() else ""
 
     @functools.cached_property
-    def _thoughts(self) -> list[tuple[str, str]]:
+    def thoughts(self) -> list[tuple[str, str]]:
         """Begin and end of a thought, as the template writes them wherever it renders one."""
         found = []
         for kind in (Kind("user", True, True, False), Kind("user", True, False, True)):
@@ -277,7 +285,7 @@ class Template(ChatTemplate):
 
     @functools.cached_property
     def _ends(self) -> list[str]:
-        return [*dict.fromkeys([*(end for _, end in self._thoughts), "</think>", "[/THINK]"])]
+        return [*dict.fromkeys([*(end for _, end in self.thoughts), "</think>", "[/THINK]"])]
 
     def _renderings_with_reasoning(self, kind: Kind) -> list[tuple[str, str]]:
         """A message of this kind with all ways of switching thinking on, where its reasoning is shown; and what follows it."""
@@ -352,11 +360,15 @@ class Template(ChatTemplate):
 
     # What it writes after a message.
 
-    def finished(self, text: str, calls: bool, end_of_turn: str | None) -> str | None:
-        """A completion that ends with the token that ends the turn, and with nothing after it. None: it is not known."""
+    def finished(self, text: str, calls: bool, end_of_turn: str | None, own: str = "") -> str | None:
+        """A completion that ends with the token that ends the turn, and with nothing after it. None: it is not known.
+
+        Args:
+            own: the message's own text, if the completion ends with that or with what the template writes after it.
+        """
         text = text.rstrip().removesuffix(self._trailer) if self._trailer else text
         short = text.rstrip()
-        if short.endswith(self.closing_tokens):
+        if short.endswith(self.closing_tokens) and not (own.endswith(self.closing_tokens) and short.endswith(own)):
             return short
         token = end_of_turn or self._end_tokens[calls] or self.tokenizer.eos_token
         return text + token if token else None
@@ -422,6 +434,10 @@ def _joined(before: str, opening: str) -> str:
     return opening.lstrip() if before != before.rstrip() else opening
 
 
+def _is_named(value, text: str) -> bool:
+    return value is None or isinstance(value, bool) or (isinstance(value, str) and value in text)
+
+
 _kept: dict[tuple, Template] = {}
 _KEPT = 64
 
@@ -431,11 +447,13 @@ def template_of(
 ) -> Template:
     """The Template of these, the same object for the same ones, so that nothing is learned twice."""
     tokens = (len(tokenizer), repr(tokenizer.special_tokens_map))  # both can be changed
-    deciding = repr(sorted((name, repr(value)) for name, value in arguments.items() if is_deciding(name)))
-    others = tuple(sorted(name for name in arguments if not is_deciding(name)))
     text = repr(source or tokenizer.chat_template)
+    # A value that the template compares with is in it; of others (a date, a text) only the name counts.
+    told = [
+        (name, repr(value) if is_deciding(name) or _is_named(value, text) else "") for name, value in arguments.items()
+    ]
     # A Template holds its tokenizer, so that nothing else can have its id.
-    key = (id(tokenizer), tokens, text, reasoning_format, deciding, others, with_tools)
+    key = (id(tokenizer), tokens, text, reasoning_format, tuple(sorted(told)), with_tools)
     if key not in _kept:
         if len(_kept) >= _KEPT:
             del _kept[next(iter(_kept))]

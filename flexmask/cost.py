@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -110,7 +110,7 @@ def cost(tree: TokenTree, config: PreTrainedConfig) -> CostComparison:
 
     Raises:
         ValueError: transformers knows no causal LM for this configuration.
-        NotImplementedError: an architecture that a tree would train wrongly.
+        NotImplementedError: an architecture that a tree would train wrongly, or whose forward depends on values.
     """
     key = (type(config), config.to_json_string(use_diff=False))
     if key not in _models:
@@ -216,7 +216,12 @@ def _model(config: PreTrainedConfig) -> _Model:
             calls,
             torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
         ):
-            model.base_model(**inputs, use_cache=False)
+            try:
+                model.base_model(**inputs, use_cache=False)
+            except DataDependentOutputException as error:
+                raise NotImplementedError(
+                    f"the FLOPs of {config.model_type} cannot be counted: its forward depends on values, of which there are none"
+                ) from error
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in saved}
     text = config.get_text_config()
     return _Model(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .collator import to_inputs
 from .integrations.mixers import begin
-from .integrations.transformers import NAME, check_config, inner_model
+from .integrations.transformers import NAME, check_config, check_noise, inner_model
 from .passes import Pass
 from .tree import TokenTree
 
@@ -61,6 +61,11 @@ def share_prefixes(model):
         )
     check_config(inner.config)
     base = inner.base_model
+    if base is inner:
+        raise NotImplementedError(
+            f"share_prefixes: {type(inner).__name__} does not know the body inside it as its base_model, so nothing can be put "
+            "before and behind that; leave share_prefixes out"
+        )
     if "padded_forward" not in base.__dict__ or base.forward == base.padded_forward:  # equal after unpickling
         # Both are bound methods, so that a deep copy of the model runs its own weights.
         base.padded_forward = base.forward
@@ -77,6 +82,7 @@ def forward(base: PreTrainedModel, input_ids: Tensor | None = None, attention_ma
     merged = _merge(input_ids, attention_mask, kwargs.get("position_ids"))
     if merged is None:
         return base.padded_forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    check_noise(base)
     inputs, places = merged
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if kwargs.get(name) or (kwargs.get(name) is None and getattr(base.config, name, False)):

@@ -86,6 +86,17 @@ class OnePassTrainer(Trainer):
         args = OnePassTrainingArguments("trainer_output") if args is None else args
         if not isinstance(args, OnePassTrainingArguments) or options.get("compute_loss_func"):
             raise ValueError("OnePassTrainer takes OnePassTrainingArguments, and no compute_loss_func")
+        if options.get("compute_metrics") and args.prediction_loss_only:
+            raise ValueError(
+                "compute_metrics would not be called, because of prediction_loss_only=True (the default here); set that to "
+                "False. It is given no logits: eval_loss is there without it, and flexmask.tree_logprobs has the rest"
+            )
+        if args.tokens_in_memory is not None and type(self).compute_loss is not OnePassTrainer.compute_loss:
+            raise ValueError(
+                f"tokens_in_memory: branch by branch, {type(self).__name__}.compute_loss would not be called"
+            )
+        if not hasattr(model, "config") and not isinstance(model, str):
+            raise ValueError(f"model is {type(model).__name__}, expected a Hugging Face model, or the name of one")
         processing_class = processing_class or getattr(data_collator, "tokenizer", None)
         if isinstance(model, str):
             model, tokenizer = load_model(ModelArguments(model), train_dataset)

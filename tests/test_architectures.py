@@ -201,7 +201,7 @@ def test_llama4_in_float64_and_compiled():
     assert (losses - expected).abs().max() <= 1e-10 * expected.max()
 
 
-PLAIN = ("gemma2", "gemma3_text", "gpt_oss", "llama", "mistral", "phimoe", "qwen3")
+PLAIN = ("gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "llama", "mistral", "phimoe", "qwen3")
 
 
 @pytest.mark.parametrize("family", PLAIN)
@@ -216,7 +216,7 @@ def test_without_a_tree_it_is_the_library_attention(family):
             use_library_attention(model)
         with torch.no_grad():
             padded = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-            whole = model(input_ids=ids).logits
+            whole = torch.cat([model(input_ids=ids).logits, model(input_ids=ids, logits_to_keep=3).logits], 1)
             text = model.generate(ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False)
         found.append((padded, whole, text))
     for ours, theirs in zip(*found):

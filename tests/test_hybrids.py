@@ -194,7 +194,60 @@ def flexmask_cache(model):
     return DynamicCache(config=model.config)
 
 
+@pytest.mark.parametrize("family, module", [("lfm2", "conv"), ("qwen3_5_text", "linear_attn"), ("bamba", "mamba")])
+def test_a_whole_mixer_that_is_trained_beside_adapters(family, module):
+    """The bug guarded: PEFT's copy of it, which runs in its place, counted as a second one."""
+    from peft import LoraConfig, get_peft_model
+
+    _, tree = row()
+    model = tiny(family)
+    losses = one_pass(model, tree)
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", modules_to_save=[module]))
+    assert torch.equal(one_pass(adapted, tree), losses)
+
+
+def library_functions(monkeypatch, model):
+    """As in a process in which no such model was loaded with attn_implementation="flexmask"."""
+    for module in mixers._modules(type(model)):
+        for name in mixers._OURS:
+            if hasattr(vars(module).get(name), "_flexmask"):
+                monkeypatch.setattr(module, name, vars(module)[name].__wrapped__)
+    mixers.install.cache_clear()
+
+
+def test_a_pickled_model_in_a_new_process(monkeypatch):
+    _, tree = row()
+    model = tiny("qwen3_5_text")
+    losses = one_pass(model, tree)
+    library_functions(monkeypatch, model)
+    assert torch.equal(one_pass(pickle.loads(pickle.dumps(model)), tree), losses)
+
+
 # ---------------------------------------------------------------------------------------------------- who must not be silent
+
+
+def test_attention_that_is_chosen_behind_the_librarys_back(monkeypatch):
+    """The bug guarded: the recurrences ran along the row, from one branch into the next."""
+    _, tree = row()
+    model = tiny("qwen3_5_text")
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    library_functions(monkeypatch, model)
+    with pytest.raises(ValueError, match="chosen behind the library's back"):
+        one_pass(model, tree)
+
+
+@pytest.mark.parametrize("family, layers", [("granitemoehybrid", "mamba"), ("lfm2", "conv")])
+def test_a_model_without_attention_refuses_what_the_others_refuse(family, layers):
+    """The bug guarded: the layers of attention did, so weights and masks went unread."""
+    model = tiny(family, layer_types=[layers] * 4)
+    batch = OnePassCollator(Tokenizer())([row()[1]])
+    assert model(**batch).loss > 0
+    with pytest.raises(ValueError, match="target_weight, which the model's own loss would ignore"):
+        model(**batch, target_weight=torch.ones_like(batch["shift_labels"], dtype=torch.float32))
+    with pytest.raises(ValueError, match="got an attention_mask, or past_key_values, beside subtree_end"):
+        model(**batch, attention_mask=torch.ones_like(batch["input_ids"]))
 
 
 class Nothing(torch.nn.Module):

@@ -11,7 +11,7 @@ import trl
 from models import FAMILIES, reference_attention, tiny
 from templates import tokenizer
 from test_loss import gradients, same_gradients
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, Llama4TextConfig, MambaConfig, MambaForCausalLM
 
 from flexmask import Pass, TokenTree, share_prefixes, tree_logprobs
 from flexmask.collator import to_batch
@@ -176,6 +176,26 @@ def test_models_that_cannot_share_are_refused():
         share_prefixes(model)
     with pytest.raises(TypeError, match="got a Linear, expected a Hugging Face model"):
         share_prefixes(torch.nn.Linear(2, 2))
+
+
+def test_a_body_that_is_not_known_as_one_is_refused():
+    config = Llama4TextConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="flexmask")
+    if model.base_model is not model:
+        pytest.skip("in this version of transformers Llama 4 knows its body")
+    with pytest.raises(NotImplementedError, match="does not know the body inside it as its base_model"):
+        share_prefixes(model)
+
+
+def test_noise_on_embeddings_is_refused():
+    """The bug guarded: it was scaled by the length of the merged row, and the same for all that share a beginning."""
+    model = share_prefixes(tiny("Qwen3")).train()
+    model.get_input_embeddings().neftune_noise_alpha = 5
+    with pytest.raises(ValueError, match="neftune_noise_alpha"):
+        model(**padded(sequences(), "right"))
 
 
 def one_by_one(model, prompt, answer):

@@ -107,6 +107,42 @@ def test_with_a_routers_loss_it_is_the_models_own(tmp_path):
     assert expected.aux_loss > 0 and torch.equal(found, expected.loss)
 
 
+def test_what_would_never_be_called_is_refused(tmp_path):
+    class Doubled(OnePassTrainer):
+        def compute_loss(self, *args, **options):
+            return 2 * super().compute_loss(*args, **options)
+
+    def arguments(**more):
+        return OnePassTrainingArguments(str(tmp_path), use_cpu=True, **more)
+
+    model = tiny("Qwen3")
+    with pytest.raises(ValueError, match="compute_metrics would not be called"):
+        OnePassTrainer(model, arguments(), compute_metrics=lambda prediction: {})
+    assert Doubled(model, arguments())
+    with pytest.raises(ValueError, match=r"Doubled\.compute_loss would not be called"):
+        Doubled(model, arguments(tokens_in_memory=0))
+    with pytest.raises(ValueError, match="model is NoneType, expected a Hugging Face model"):
+        OnePassTrainer(None, arguments(), model_init=lambda: model)
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_padding_does_not_count_in_a_routers_loss(family):
+    """Up to 127 places of a row, or as many as max_tokens has. The library leaves padding out, too."""
+    model = tiny(family, output_router_logits=True, router_aux_loss_coef=0.5)
+    losses, found = [], []
+    for multiple in (1, 128, 1024):
+        batch = OnePassCollator(Vocabulary(), pad_to_multiple_of=multiple)(rows_of_unequal_size()[:1])
+        output = model(**batch)
+        output.loss.backward()
+        losses.append((output.loss.item(), output.aux_loss.item()))
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        model.zero_grad()
+    for other, gradients in zip(losses[1:], found[1:]):
+        assert other == pytest.approx(losses[0], rel=1e-6)
+        for name, g in found[0].items():
+            torch.testing.assert_close(gradients[name], g, rtol=1e-4, atol=1e-6)
+
+
 def test_with_a_routers_loss_weights_are_refused(tmp_path):
     """Of a conversation that is there twice, too. The bug guarded: the error said to use the Trainer that it came from."""
     model = tiny("Qwen3Moe", output_router_logits=True, router_aux_loss_coef=0.5)

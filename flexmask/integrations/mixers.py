@@ -115,6 +115,7 @@ _SCANS = {"chunk_kimi_delta_attention", "mamba2_chunk_scan", "torch_chunk_gated_
 _OTHERS = {"mamba_selective_scan", "mamba_inner_fn"}
 
 
+@functools.cache
 def install(model_class: type) -> None:
     """Put our functions where the modules of a model class call the library's; once, process-wide.
 
@@ -125,6 +126,14 @@ def install(model_class: type) -> None:
             library = vars(module).get(name)
             if callable(library) and not hasattr(library, "_flexmask"):
                 setattr(module, name, _over_tree(name, library, ours))
+
+
+def is_installed(model_class: type | None) -> bool:
+    """Whether `install` was called for a model class, or there is nothing to put anywhere."""
+    if model_class is None:
+        return True
+    functions = (vars(module).get(name) for module in _modules(model_class) for name in _OURS)
+    return all(hasattr(function, "_flexmask") for function in functions if callable(function))
 
 
 def _over_tree(name: str, library: Callable, ours: Callable) -> Callable:
@@ -242,6 +251,8 @@ def begin(model: PreTrainedModel, kwargs: dict) -> dict:
     """
     is_tree = kwargs.get("subtree_end") is not None
     if is_tree:
+        if not torch.compiler.is_compiling():
+            install(type(model))  # of a model that was unpickled, nobody else has
         _refuse_others(kwargs, "past_key_values", "cu_seq_lens_q", "seq_idx")
         kwargs = kwargs | {"use_cache": False}  # or the library would fill a cache in training, too
     if not torch.compiler.is_compiling():
@@ -257,6 +268,12 @@ def begin(model: PreTrainedModel, kwargs: dict) -> dict:
 def _after_model(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
     if not torch.compiler.is_compiling():
         _noted.is_tree = False
+    if kwargs.get("subtree_end") is not None and getattr(output, "router_logits", None):
+        # Those of padding would count in the loss that is made of them. The library leaves them out by an attention_mask.
+        end, positions = kwargs["subtree_end"], kwargs["position_ids"]
+        places = torch.arange(end.shape[1], device=end.device)
+        real = ((positions != 0) | (end != places + 1)).flatten()
+        output.router_logits = tuple(logits.flatten(0, -2)[real] for logits in output.router_logits)
 
 
 def _before_layer(layer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -270,7 +287,11 @@ def _after_layer(layer: torch.nn.Module, args: tuple, kwargs: dict, output) -> N
         return  # in a recomputation, too, which is of a forward that was watched
     asked = _noted.asked - _noted.before.pop(id(layer))
     name, kind = _noted.kinds.get(id(layer), (type(layer).__name__, None))
-    convolutions = sum(_CONVOLUTION in _called(type(module)) for module in layer.modules())
+    convolutions = sum(
+        _CONVOLUTION in _called(type(module))
+        for name, module in layer.named_modules()
+        if "modules_to_save" not in name.split(".")  # PEFT's copies, of which one runs in place of the original
+    )
     attends = kind == "hybrid" or kind not in RECURRENT | _WITHOUT | {None}
     lacks = {
         "attention": attends and not asked[_ATTENTION],

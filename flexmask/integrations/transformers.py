@@ -54,6 +54,12 @@ class DeferredMask:
     def dense(self) -> Tensor | None:
         return sdpa_mask(**self.arguments)
 
+    def __getitem__(self, at: tuple) -> DeferredMask | Tensor:
+        """A part of the mask (batch, heads, queries, keys); all of it stays deferred. (Gemma 4 asks for the last queries.)"""
+        if all(part in (slice(None), slice(0, None)) for part in at):
+            return self
+        return sdpa_mask(**self.arguments | {"allow_is_causal_skip": False})[at]
+
     def reach(self) -> tuple[int | None, int | None]:
         """The sliding window, and the size of the chunks beyond which attention does not reach; both None for a plain causal
         mask. Layers need not be told of it otherwise.
@@ -102,11 +108,6 @@ def _attention_function(
         mask = attention_mask.dense if isinstance(attention_mask, DeferredMask) else attention_mask
         return _plain_attention(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    if "target_weight" in kwargs:
-        raise ValueError(
-            "the batch has target_weight, which the model's own loss would ignore; use flexmask.tree_loss(model, batch), "
-            "or flexmask.OnePassTrainer"
-        )
     window, positions = _check_layer(module, attention_mask, dropout, subtree_end, kwargs)
     mixers.note()
     query, sinks = _at_temperature(module, query, subtree_end, rank_share), kwargs.get("s_aux")
@@ -161,6 +162,12 @@ def _at_temperature(module, query: Tensor, subtree_end: Tensor, rank_share: Rank
     return (query * factor[:, None, :, None]).to(query.dtype)
 
 
+_MASK_BESIDE_TREE = (
+    "got an attention_mask, or past_key_values, beside subtree_end; a tree batch takes neither: it is a whole row, and its "
+    "padding sees itself"
+)
+
+
 def _chunk_beginnings(subtree_end: Tensor, *, size: int) -> Tensor:
     return depths(subtree_end) // size * size
 
@@ -171,11 +178,14 @@ def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict
     config = module.config
     if not torch.compiler.is_compiling():
         check_config(config)
+        text = config.get_text_config(decoder=True)
+        if not mixers.is_installed(_model_class(text) or _model_class(config)):
+            raise ValueError(
+                "the recurrent layers of the model do not know of the tree, because its attention was chosen behind the "
+                f'library\'s back; load it with attn_implementation="{NAME}", or call model.set_attn_implementation("{NAME}")'
+            )
     if isinstance(mask, Tensor):
-        raise ValueError(
-            "got an attention_mask, or past_key_values, beside subtree_end; a tree batch takes neither: it is a whole "
-            "row, and its padding sees itself"
-        )
+        raise ValueError(_MASK_BESIDE_TREE)
     if dropout:
         raise ValueError(
             f"attention dropout is {dropout}, and tree attention has none; "
@@ -265,6 +275,13 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
     """
     if kwargs.get("subtree_end") is None:
         return
+    if "target_weight" in kwargs:
+        raise ValueError(
+            "the batch has target_weight, which the model's own loss would ignore; use flexmask.tree_loss(model, batch), "
+            "or flexmask.OnePassTrainer"
+        )
+    if isinstance(kwargs.get("attention_mask"), Tensor):
+        raise ValueError(_MASK_BESIDE_TREE)
     if kwargs.get("position_ids") is None:
         raise ValueError(
             "a tree batch without position_ids: positions would be places in the row; hand them over. (PEFT's prompt tuning and "
@@ -299,8 +316,12 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
         )
     if (ids := kwargs.get("input_ids")) is not None and not is_tracing(ids):
         check_embedded(model, int(ids.max()))
-    embedding = model.get_input_embeddings()
-    if model.training and getattr(embedding, "neftune_noise_alpha", None):
+    check_noise(model)
+
+
+def check_noise(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model whose embeddings have NEFTune's noise."""
+    if model.training and getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
         raise ValueError(
             "neftune_noise_alpha: NEFTune scales its noise by the length of a sequence, and a row holds many; leave it out"
         )

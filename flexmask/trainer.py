@@ -385,10 +385,14 @@ def to_rows(dataset, *, collator, config: PreTrainedConfig, tell: Callable[[obje
 
     Raises:
         ConversationError: a conversation cannot be rendered, or is too long.
-        ValueError: a collator that is not flexmask's.
+        ValueError: a collator that is not flexmask's; an empty dataset, or one of several splits.
     """
     is_stream = isinstance(dataset, datasets.IterableDataset)
-    if not is_stream and (not isinstance(dataset, list | tuple | datasets.Dataset) or not len(dataset)):
+    if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise ValueError(f"a dataset is a {type(dataset).__name__}, expected one of its splits ({', '.join(dataset)})")
+    if isinstance(dataset, list | tuple | datasets.Dataset) and not len(dataset):
+        raise ValueError("a dataset is empty, expected conversations, trees or rows")
+    if not is_stream and not isinstance(dataset, list | tuple | datasets.Dataset):
         return dataset
     if not is_stream and (isinstance(dataset[0], TokenTree) or "subtree_end" in dataset[0]):
         return dataset

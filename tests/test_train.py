@@ -123,6 +123,12 @@ def test_what_would_never_be_called_is_refused(tmp_path):
         Doubled(model, arguments(tokens_in_memory=0))
     with pytest.raises(ValueError, match="model is NoneType, expected a Hugging Face model"):
         OnePassTrainer(None, arguments(), model_init=lambda: model)
+    for dataset, message in (
+        (datasets.DatasetDict(train=[]), r"one of its splits \(train\)"),
+        ([], "a dataset is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OnePassTrainer(model, arguments(), OnePassCollator(Vocabulary()), train_dataset=dataset)
 
 
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])

@@ -293,8 +293,8 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
         if unread and "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
             raise ValueError(
                 "something calls the body of the model with a tree batch to compute a loss of its own (the fused output layer of "
-                "TRL's SFTTrainer does so) and does not know logits_to_keep; make the batch with "
-                "OnePassCollator(…, target_per_position=True), or use flexmask's OnePassTrainer"
+                "TRL's SFTTrainer does so, or it is no causal LM, but a classifier) and does not know logits_to_keep; make the "
+                "batch with OnePassCollator(…, target_per_position=True), or use flexmask's OnePassTrainer, on a causal LM"
             )
         return
     labels, targets, places = (kwargs.get(name) for name in ("labels", "shift_labels", "logits_to_keep"))

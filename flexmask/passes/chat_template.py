@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import jinja2.meta
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from ..messages import text_of
+from ..messages import REASONING_FIELDS, text_of
 from .probes import ANSWER, KEY, NAME, NEXT, TOOL, USER, VALUE
 
 SWITCHES = ("enable_thinking", "thinking")  # of templates, as booleans
@@ -77,7 +77,7 @@ class ChatTemplate:
 
     def thinking_arguments(self) -> str:
         """The arguments that have to do with thinking, for errors."""
-        found = sorted(filter(is_deciding, self.variables))
+        found = sorted(name for name in self.variables if is_deciding(name) and name not in REASONING_FIELDS)
         return ", ".join(f"{name}=…" for name in found) or "enable_thinking=…"
 
     def tool_arguments(self) -> str:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .data import OVERLONG, TreeMaker
-from .messages import COLUMNS, RESERVED, ConversationError, is_weight
+from .messages import COLUMNS, ConversationError, check_template_arguments, is_weight
 from .passes import EMPTY_REASONING, TRAIN_ON, render_passes
 from .sources import SUFFIXES
 from .tree import LOSS_REDUCTIONS
@@ -263,7 +263,9 @@ class TemplateArguments:
     )
 
     def __post_init__(self):
-        for name in sorted((_OURS | RESERVED) & _json_object("chat_template_kwargs", self.chat_template_kwargs).keys()):
+        arguments = _json_object("chat_template_kwargs", self.chat_template_kwargs)
+        check_template_arguments(arguments)
+        for name in sorted(_OURS & arguments.keys()):
             raise ValueError(
                 f"chat_template_kwargs has {name!r}, which is an option of flexmask and does not reach the template"
             )

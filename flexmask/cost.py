@@ -110,13 +110,18 @@ def cost(tree: TokenTree, config: PreTrainedConfig) -> CostComparison:
 
     Raises:
         ValueError: transformers knows no causal LM for this configuration.
-        NotImplementedError: an architecture that a tree would train wrongly, or whose forward depends on values.
+        NotImplementedError: an architecture that a tree would train wrongly, or whose code depends on values.
     """
     key = (type(config), config.to_json_string(use_diff=False))
     if key not in _models:
         if len(_models) == 16:
             _models.clear()
-        _models[key] = _model(config)
+        try:
+            _models[key] = _model(config)
+        except DataDependentOutputException as error:
+            raise NotImplementedError(
+                f"the FLOPs of {config.model_type} cannot be counted: its code depends on values, of which there are none"
+            ) from error
     model = _models[key]
     chunk = chunk_size(config.get_text_config().vocab_size)
     lengths = tree.pass_lengths
@@ -216,12 +221,7 @@ def _model(config: PreTrainedConfig) -> _Model:
             calls,
             torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
         ):
-            try:
-                model.base_model(**inputs, use_cache=False)
-            except DataDependentOutputException as error:
-                raise NotImplementedError(
-                    f"the FLOPs of {config.model_type} cannot be counted: its forward depends on values, of which there are none"
-                ) from error
+            model.base_model(**inputs, use_cache=False)
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in saved}
     text = config.get_text_config()
     return _Model(

@@ -35,7 +35,6 @@ _SYSTEM = ("system", "system_prompt")
 COLUMNS = ("messages", "conversations", "prompt", "completion", "chat_template_kwargs", *_TOOLS, *_SYSTEM)
 _OF_A_REQUEST = {"add_generation_prompt", "continue_final_message", "tokenize"}  # to a server; training decides itself
 _OF_RENDERING = {"messages", "conversation", "tools", "chat_template", "padding", "truncation", "return_tensors"}
-RESERVED = _OF_A_REQUEST | _OF_RENDERING  # no argument of a template has one of these names
 # Keys to which others give a meaning that would be lost here, and which values mean something. Of a record, then of a message.
 _MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio")
 
@@ -61,7 +60,13 @@ _MEANT = {
         ("weight", "loss_weight", "sample_weight"),
         (lambda value: value != 1, "weighs a whole record; give its messages a weight"),
     ),
-    **dict.fromkeys(TRAIN_FLAGS, (lambda value: value not in (True, 1), 'is read on messages only ("train": false)')),
+    **dict.fromkeys(
+        TRAIN_FLAGS,
+        (
+            lambda value: _is_no(value) or (isinstance(value, list) and value),
+            'is read on messages only ("train": false)',
+        ),
+    ),
 }
 _MEANT_IN_MESSAGE = {
     **dict.fromkeys(_MEDIA, (_is_given, "is for models of other media")),
@@ -83,9 +88,10 @@ _MEANT_IN_PART = {
 _ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
 _THINK = re.compile(r"</?think>")
-# A block before the answer; or what a server leaves of it where the prompt opened it, on lines of its own.
+# A block before the answer; or what a server leaves of it where the prompt opened it: the end on a line of its own, or with an
+# empty line behind it.
 _BLOCK = re.compile(r"\s*<think>(.*?)</think>(?:[ \t]*\n+|[ \t]+|$)?", re.DOTALL)
-_CLOSED_BLOCK = re.compile(r"(.*?)(?:\n|\A)</think>[ \t]*\n*", re.DOTALL)
+_CLOSED_BLOCK = re.compile(r"(.*?)(?:(?:\n|\A)</think>[ \t]*\n*|</think>[ \t]*\n\s*\n+)", re.DOTALL)
 _WHOLE_BLOCK = re.compile(r"\s*<think>((?:(?!</?think>).)*)</think>\s*", re.DOTALL)
 _LARGEST = 3.4e38  # what float32 holds, in which weights are kept
 
@@ -164,7 +170,8 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
             raise ConversationError("has a system column and a system message that differ, expected one of them")
         written, names = [{"role": "system", "content": system}, *written], ["system column", *names]
 
-    messages, names, unread = _read_messages(written, names)
+    unread: dict[str, None] = {}  # keys of calls and parts, each once
+    messages, names = _read_messages(written, names, unread)
     if not any(map(is_trained, messages)):
         raise ConversationError(NOTHING_TO_TRAIN)
     ignored = [*overwritten, *unread]
@@ -191,13 +198,18 @@ def _read(record, origin: str, columns: Mapping[str, str]) -> Conversation:
     for key in arguments.keys() & _OF_A_REQUEST:
         del arguments[key]
         conversation.ignored = [*conversation.ignored, f"chat_template_kwargs.{key}"]
-    for key in arguments.keys() & _OF_RENDERING:
-        raise ConversationError(
-            f"chat_template_kwargs has {key!r}, which is a column of the record or an option of the run"
-        )
+    check_template_arguments(arguments)
     if arguments:
         conversation["chat_template_kwargs"] = arguments
     return conversation
+
+
+def check_template_arguments(arguments: Mapping) -> None:
+    """Raises ConversationError for an argument that would not reach a template, but its rendering."""
+    for key in sorted(arguments.keys() & (_OF_RENDERING | _OF_A_REQUEST)):
+        raise ConversationError(
+            f"chat_template_kwargs has {key!r}, which is a column of the record, an option of the run, or decided by flexmask"
+        )
 
 
 def _written_messages(record: Mapping) -> tuple[list, list[str], str | None]:
@@ -286,10 +298,14 @@ def read_tools(tools) -> list[dict]:
     return read
 
 
-def read_messages(messages) -> list[dict]:
+def read_messages(messages, unread: dict | None = None) -> list[dict]:
     """Messages in one form: `role` (of `ROLES`), `content` (a text, or a list of text parts), and for the assistant the
     reasoning in the fields that templates read, `tool_calls` with objects as arguments, `train` and `weight`. Other keys are
     kept. What is in that form already stays as it is.
+
+    Args:
+        messages: a list of them, in any form that is known.
+        unread: gets keys of their calls and parts that nobody reads (`content[].citations`).
 
     Raises:
         ConversationError: naming the message and the field, what came and what is expected.
@@ -298,14 +314,14 @@ def read_messages(messages) -> list[dict]:
         raise ConversationError(f"messages is {type(messages).__name__}, expected a list of messages")
     if not messages:
         raise ConversationError("the conversation is empty")
-    return _read_messages(messages, [f"message {i}" for i in range(len(messages))])[0]
+    unread = {} if unread is None else unread
+    return _read_messages(messages, [f"message {i}" for i in range(len(messages))], unread)[0]
 
 
-def _read_messages(written: Sequence, names: Sequence[str]) -> tuple[list[dict], list[str], list[str]]:
-    """Messages in one form, what to call them, and keys of their calls and parts that nobody reads, each once."""
-    unread: dict[str, None] = {}
+def _read_messages(written: Sequence, names: Sequence[str], unread: dict) -> tuple[list[dict], list[str]]:
+    """Messages in one form, and what to call them."""
     written, names = _with_results_apart(written, names, unread)
-    return [_message(message, name, unread) for message, name in zip(written, names, strict=True)], names, list(unread)
+    return [_message(message, name, unread) for message, name in zip(written, names, strict=True)], names
 
 
 def is_trained(message: Mapping) -> bool:
@@ -452,21 +468,25 @@ def _call(call, where: str, unread: dict) -> dict:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise ConversationError(f"{where}: tool_calls has {_short(call)}, expected a function with a name")
     of = f"{where}: the arguments of its call of {function['name']!r}"
-    given = [(key, spot[key]) for spot in (function, call) for key in _ARGUMENTS if spot.get(key) not in (None, "")]
-    if any(value != given[0][1] for _, value in given):
-        raise ConversationError(f"{of} are {' and '.join(dict(given))}, which differ; expected one of them")
-    others = [key for key in function if key not in ("name", "id", "type", "index", *_ARGUMENTS)]
+    written = [(key, spot[key]) for spot in (function, call) for key in _ARGUMENTS if spot.get(key) is not None]
+    if "arguments" in dict(written):  # parameters may be the tool's description
+        written = [(key, value) for key, value in written if key != "parameters"]
+    given = {}
+    for key, value in written:
+        value = {} if isinstance(value, str) and not value.strip() else dict(_parsed(value, of, Mapping, "an object"))
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConversationError(f"{of} are no JSON: {error}") from error
+        if any(value != other for other in given.values()):
+            raise ConversationError(f"{of} are {' and '.join([*given, key])}, which differ; expected one of them")
+        given[key] = value
+    known = ("name", "id", "type", "index", *(key for key, _ in written))
+    others = [key for key, value in function.items() if value is not None and key not in known]
     if others and not given:
         raise ConversationError(f"{of} are missing: it has {', '.join(others)}, expected arguments")
-    _note_unread(function, ("name", "id", "type", "index", *_ARGUMENTS), "tool_calls[].function", unread)
-    arguments = given[0][1] if given else {}
-    if isinstance(arguments, str) and not arguments.strip():
-        arguments = {}
-    arguments = dict(_parsed(arguments, of, Mapping, "an object"))
-    try:
-        json.dumps(arguments, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ConversationError(f"{of} are no JSON: {error}") from error
+    _note_unread(function, known, "tool_calls[].function", unread)
+    arguments = next(iter(given.values()), {})
     rest = {} if function is call else {k: v for k, v in call.items() if v is not None and k not in _ARGUMENTS}
     rest |= {"id": call["id"]} if function is call and call.get("id") is not None else {}
     return rest | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}

@@ -61,7 +61,7 @@ def share_prefixes(model):
         )
     check_config(inner.config)
     base = inner.base_model
-    if base is inner:
+    if base is inner and inner.can_generate():
         raise NotImplementedError(
             f"share_prefixes: {type(inner).__name__} does not know the body inside it as its base_model, so nothing can be put "
             "before and behind that; leave share_prefixes out"

@@ -95,6 +95,12 @@ class OnePassTrainer(Trainer):
             raise ValueError(
                 f"tokens_in_memory: branch by branch, {type(self).__name__}.compute_loss would not be called"
             )
+        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if reentrant and hasattr(model, "config") and with_router_loss(model.config):
+            raise ValueError(
+                "a router's loss has no gradients under reentrant checkpointing: the library takes it from within the layers; "
+                'set gradient_checkpointing_kwargs={"use_reentrant": False}, or output_router_logits=False'
+            )
         if not hasattr(model, "config") and not isinstance(model, str):
             raise ValueError(f"model is {type(model).__name__}, expected a Hugging Face model, or the name of one")
         processing_class = processing_class or getattr(data_collator, "tokenizer", None)

@@ -136,3 +136,16 @@ def test_activations_are_what_autograd_keeps():
 def test_architectures_that_cannot_be_trained_so_are_refused():
     with pytest.raises(NotImplementedError, match="mamba"):
         cost(tree_of(1), transformers.MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1))
+
+
+def test_a_forward_that_depends_on_values_is_not_counted():
+    options = {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = transformers.ModernBertDecoderConfig(**options, pad_token_id=0)
+    with pytest.raises(NotImplementedError, match="modernbert-decoder cannot be counted: its code depends on values"):
+        cost(tree_of(1), config)

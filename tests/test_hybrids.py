@@ -212,7 +212,7 @@ def library_functions(monkeypatch, model):
         for name in mixers._OURS:
             if hasattr(vars(module).get(name), "_flexmask"):
                 monkeypatch.setattr(module, name, vars(module)[name].__wrapped__)
-    mixers.install.cache_clear()
+    monkeypatch.setattr(mixers, "_installed", set())
 
 
 def test_a_pickled_model_in_a_new_process(monkeypatch):
@@ -236,6 +236,15 @@ def test_attention_that_is_chosen_behind_the_librarys_back(monkeypatch):
     library_functions(monkeypatch, model)
     with pytest.raises(ValueError, match="chosen behind the library's back"):
         one_pass(model, tree)
+
+
+def test_weights_are_refused_without_hooks_too():
+    model = models.tiny("Qwen3")
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    batch = OnePassCollator(Tokenizer())([row()[1]])
+    with pytest.raises(ValueError, match="target_weight, which the model's own loss would ignore"):
+        model(**batch, target_weight=torch.ones_like(batch["shift_labels"], dtype=torch.float32))
 
 
 @pytest.mark.parametrize("family, layers", [("granitemoehybrid", "mamba"), ("lfm2", "conv")])

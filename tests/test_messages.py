@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from templates import TOOLS, tokenizer
 
 from flexmask import ConversationError
 from flexmask.messages import read_conversation, read_messages, read_tools
-from flexmask.passes import render_conversation
+from flexmask.passes import render_conversation, render_passes
 
 CALL = {"type": "function", "id": "call_1", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 RECORD = {
@@ -326,6 +327,7 @@ def test_a_system_column_is_not_lost_where_a_user_says_the_same():
         ("T\n</think>\n\n    code", "T", "    code"),
         ("<think>T</think> A", "T", "A"),
         ("</think>\nA", "", "A"),
+        ("T</think>\n\nA", "T", "A"),
         ("<think>\nT\n</think>", "T", ""),
         ("<think>\n\n</think>\n\nA", "", "A"),
     ],
@@ -385,6 +387,20 @@ def test_arguments_of_calls_by_other_names(calls):
     assert twice["tool_calls"] == [CALL] and twice["content"] == ""
 
 
+@pytest.mark.parametrize(
+    "call, arguments",
+    [
+        ({"name": "add", "arguments": None, "description": None}, {}),
+        ({"function": {"name": "add", "arguments": "", "strict": True}}, {}),
+        ({"name": "add", "arguments": '{"a": 1}', "input": {"a": 1}}, {"a": 1}),
+        ({"name": "add", "arguments": {"a": 1}, "parameters": {"type": "object"}}, {"a": 1}),
+    ],
+)
+def test_arguments_that_are_written_twice_or_not_at_all(call, arguments):
+    [_, message] = read_messages([Q, A | {"tool_calls": [call]}])
+    assert message["tool_calls"][0]["function"] == {"name": "add", "arguments": arguments}
+
+
 def test_what_is_not_read_of_calls_and_parts_is_told():
     record = {"messages": [Q, A | {"content": [{"type": "text", "text": "A", "citations": [], "index": None}]}]}
     record["messages"][1]["tool_calls"] = [{"function": FUNCTION | {"strict": True}, "id": "call_1"}]
@@ -392,6 +408,10 @@ def test_what_is_not_read_of_calls_and_parts_is_told():
     record["messages"] += [{"role": "user", "content": [result]}, A]
     ignored = read_conversation(record).ignored
     assert ignored == ["content[].citations", "content[].is_error", "tool_calls[].function.strict"]
+    counts = Counter()
+    parts = A | {"content": [{"type": "text", "text": "A", "citations": []}]}
+    render_passes([Q, parts], tokenizer("qwen3"), counts=counts)
+    assert counts["conversations with a key 'content[].citations', which nobody reads"] == 1
 
 
 def test_flags_of_others():

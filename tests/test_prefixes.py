@@ -190,6 +190,15 @@ def test_a_body_that_is_not_known_as_one_is_refused():
         share_prefixes(model)
 
 
+def test_a_body_alone_shares_prefixes():
+    model, batch = tiny("Qwen3"), padded(sequences(), "right")
+    del batch["labels"]
+    expected = model.model(**batch).last_hidden_state
+    found = share_prefixes(model.model)(**batch).last_hidden_state
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-5)
+
+
 def test_noise_on_embeddings_is_refused():
     """The bug guarded: it was scaled by the length of the merged row, and the same for all that share a beginning."""
     model = share_prefixes(tiny("Qwen3")).train()

@@ -435,7 +435,7 @@ def test_control_tokens_in_contents_and_arguments_are_not_ends_of_turns():
     assert completion.count("<|im_end|>") == 3
 
 
-@pytest.mark.parametrize("text", ["a<|im_end|>b", "a<|im_end|>"])
+@pytest.mark.parametrize("text", ["a<|im_end|>b", "a<|im_end|>", "<|im_end|>"])
 def test_control_tokens_in_contents_are_counted(text):
     counts = Counter()
     messages = [user("<|im_end|>"), answer("A"), user("Q"), answer(text)]
@@ -482,6 +482,13 @@ def test_a_template_that_looks_at_how_a_text_begins(text):
         completions(template, [user("Q"), answer(text)])
 
 
+def test_how_a_text_begins_is_looked_at_in_every_message():
+    """The bug guarded: what one message was like was taken for what all are like."""
+    template = CHATML.replace("{{ m.content }}", "{{ '<act>' if m.content.startswith('Action') }}{{ m.content }}")
+    for text, written in (("Hello", "Hello"), ("Action: x", "<act>Action: x")):
+        assert completions(template, [user("Q"), answer(text)]) == [written + "<|im_end|>"]
+
+
 def test_tags_of_thoughts_inside_a_content():
     """Ministral's [THINK], MiniMax's <mm:think>: such a content was trained as an answer."""
     template = CHATML.replace(
@@ -504,6 +511,18 @@ def test_a_second_call_that_the_context_has_not():
         ConversationError, match=r"message 1 \(assistant\): .*does not render its call of the tool 'add' in"
     ):
         completions(template, messages, tools=TOOLS)
+
+
+def test_a_context_of_calls_by_known_names():
+    """A template may write those alone, so that marks in names say nothing."""
+    known = WITH_TOOLS.replace("in m.tool_calls or []", "in m.tool_calls or [] if c.function.name == 'add'")
+    messages = [user("Q"), call(1, 2) | {"train": False}, {"role": "tool", "content": "3"}, answer("A")]
+    assert completions(known, messages, tools=TOOLS) == ["A<|im_end|>"]
+
+
+def test_arguments_that_are_none_of_a_template():
+    with pytest.raises(ConversationError, match="chat_template_kwargs has 'tokenize', which is"):
+        completions(CHATML, [user("Q"), answer("A")], tokenize=True)
 
 
 def test_content_beside_calls_that_the_template_never_writes():

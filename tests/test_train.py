@@ -131,6 +131,18 @@ def test_what_would_never_be_called_is_refused(tmp_path):
             OnePassTrainer(model, arguments(), OnePassCollator(Vocabulary()), train_dataset=dataset)
 
 
+def test_a_routers_loss_under_reentrant_checkpointing_is_refused(tmp_path):
+    model = tiny("Qwen3Moe", output_router_logits=True)
+    for reentrant in (True, False):
+        how = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        arguments = OnePassTrainingArguments(str(tmp_path), use_cpu=True, **how)
+        if not reentrant:
+            assert OnePassTrainer(model, arguments)
+            continue
+        with pytest.raises(ValueError, match="a router's loss has no gradients under reentrant checkpointing"):
+            OnePassTrainer(model, arguments)
+
+
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
 def test_padding_does_not_count_in_a_routers_loss(family):
     """Up to 127 places of a row, or as many as max_tokens has. The library leaves padding out, too."""

@@ -115,12 +115,15 @@ _SCANS = {"chunk_kimi_delta_attention", "mamba2_chunk_scan", "torch_chunk_gated_
 _OTHERS = {"mamba_selective_scan", "mamba_inner_fn"}
 
 
-@functools.cache
+_installed: set[type] = set()
+
+
 def install(model_class: type) -> None:
     """Put our functions where the modules of a model class call the library's; once, process-wide.
 
     Models that are never called with `subtree_end` do not notice: the library's function is called as before.
     """
+    _installed.add(model_class)
     for module in _modules(model_class):
         for name, ours in _OURS.items():
             library = vars(module).get(name)
@@ -251,8 +254,8 @@ def begin(model: PreTrainedModel, kwargs: dict) -> dict:
     """
     is_tree = kwargs.get("subtree_end") is not None
     if is_tree:
-        if not torch.compiler.is_compiling():
-            install(type(model))  # of a model that was unpickled, nobody else has
+        if not torch.compiler.is_compiling() and type(model) not in _installed:
+            install(type(model))  # the model was unpickled, which nobody is told
         _refuse_others(kwargs, "past_key_values", "cu_seq_lens_q", "seq_idx")
         kwargs = kwargs | {"use_cache": False}  # or the library would fill a cache in training, too
     if not torch.compiler.is_compiling():

@@ -162,6 +162,11 @@ def _at_temperature(module, query: Tensor, subtree_end: Tensor, rank_share: Rank
     return (query * factor[:, None, :, None]).to(query.dtype)
 
 
+# What a layer refuses, too: a model whose attention was chosen behind the library's back has no hooks.
+_WEIGHTS_UNREAD = (
+    "the batch has target_weight, which the model's own loss would ignore; use flexmask.tree_loss(model, batch), or "
+    "flexmask.OnePassTrainer"
+)
 _MASK_BESIDE_TREE = (
     "got an attention_mask, or past_key_values, beside subtree_end; a tree batch takes neither: it is a whole row, and its "
     "padding sees itself"
@@ -184,6 +189,8 @@ def _check_layer(module, mask, dropout: float, subtree_end: Tensor, kwargs: dict
                 "the recurrent layers of the model do not know of the tree, because its attention was chosen behind the "
                 f'library\'s back; load it with attn_implementation="{NAME}", or call model.set_attn_implementation("{NAME}")'
             )
+    if "target_weight" in kwargs:
+        raise ValueError(_WEIGHTS_UNREAD)
     if isinstance(mask, Tensor):
         raise ValueError(_MASK_BESIDE_TREE)
     if dropout:
@@ -276,10 +283,7 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
     if kwargs.get("subtree_end") is None:
         return
     if "target_weight" in kwargs:
-        raise ValueError(
-            "the batch has target_weight, which the model's own loss would ignore; use flexmask.tree_loss(model, batch), "
-            "or flexmask.OnePassTrainer"
-        )
+        raise ValueError(_WEIGHTS_UNREAD)
     if isinstance(kwargs.get("attention_mask"), Tensor):
         raise ValueError(_MASK_BESIDE_TREE)
     if kwargs.get("position_ids") is None:

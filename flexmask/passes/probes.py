@@ -62,22 +62,22 @@ def marked(message: Mapping) -> dict:
     return message
 
 
-def call_mark(number: int) -> str:
-    """The mark of a call in `marked_calls`."""
-    return f"@@flexmask-f{number}@@"
+def numbered_mark(number: int) -> str:
+    """A mark of `with_marks_in_calls`."""
+    return f"@@flexmask-{number}@@"
 
 
-def marked_calls(message: Mapping, first: int) -> dict:
+def with_marks_in_calls(message: Mapping, first: int) -> dict:
     """The message with a mark of its own in the name of each call, counted from `first`."""
     calls = [
-        call | {"function": call["function"] | {"name": _with_mark(call["function"]["name"], call_mark(first + k))}}
+        call | {"function": call["function"] | {"name": _with_mark(call["function"]["name"], numbered_mark(first + k))}}
         for k, call in enumerate(message["tool_calls"])
     ]
     return {**message, "tool_calls": calls}
 
 
-def without_call_marks(text: str) -> str:
-    return re.sub(r"@@flexmask-f\d+@@", "", text)
+def without_numbered_marks(text: str) -> str:
+    return re.sub(r"@@flexmask-\d+@@", "", text)
 
 
 def _with_mark(text: str, mark: str) -> str:

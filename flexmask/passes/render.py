@@ -27,6 +27,7 @@ from ..messages import (
     Conversation,
     ConversationError,
     NothingLeftError,
+    check_template_arguments,
     is_trained,
     is_weight,
     read_conversation,
@@ -36,7 +37,15 @@ from ..messages import (
     text_of,
     without_nulls,
 )
-from .probes import Kind, call_mark, marked, marked_calls, unmarked, visible_at, without_call_marks
+from .probes import (
+    Kind,
+    marked,
+    numbered_mark,
+    unmarked,
+    visible_at,
+    with_marks_in_calls,
+    without_numbered_marks,
+)
 from .template import Mismatch, Template, template_of
 
 TRAIN_ON = ("all", "last")
@@ -107,14 +116,16 @@ def render_passes(
             by its index, counted from zero. Or an option cannot be used: a reasoning_format without its placeholder,
             an end_of_turn that is not one token.
     """
-    conversation = Conversation(messages=read_messages(messages))
+    unread: dict[str, None] = {}
+    conversation = Conversation(messages=read_messages(messages, unread))
     conversation.names = [f"message {i} ({m['role']})" for i, m in enumerate(conversation["messages"])]
     if tools:
         conversation["tools"] = read_tools([get_json_schema(tool) if callable(tool) else tool for tool in tools])
     options = _Options(chat_template, reasoning_format, end_of_turn, train_on, empty_reasoning, reasoning_weight)
-    return _Renderer(
-        conversation, tokenizer, options, template_kwargs, Counter() if counts is None else counts
-    ).passes()
+    counts = Counter() if counts is None else counts
+    passes = _Renderer(conversation, tokenizer, options, template_kwargs, counts).passes()
+    counts.update(f"conversations with a key {key!r}, which nobody reads" for key in unread)
+    return passes
 
 
 def render_conversation(conversation, tokenizer, *, counts: Counter | None = None, **options) -> list[Pass]:
@@ -192,6 +203,7 @@ class _Renderer:
 
     def __init__(self, conversation: Conversation, tokenizer, options: _Options, arguments: Mapping, counts: Counter):
         options.check(tokenizer)
+        check_template_arguments(arguments)
         self._messages, self._names = conversation["messages"], conversation.names
         self._tools = conversation.get("tools")
         self._tokenizer, self._options, self._counts = tokenizer, options, counts
@@ -262,8 +274,10 @@ class _Renderer:
                 turn.lead, visible = "", self._continued(turn, written[turn.index])
             else:
                 turn.lead, visible = self._parts(turn, answered)
-            own = "" if turn.kind.calls else text_of(self._messages[turn.index]).rstrip()
-            completion = template.finished(turn.lead + visible, turn.kind.calls, self._options.end_of_turn, own)
+            # A content may end with a token that ends turns, and the template write none behind it.
+            text = "" if turn.kind.calls else text_of(self._messages[turn.index]).strip()
+            is_ended = not text or visible.strip() != text
+            completion = template.finished(turn.lead + visible, turn.kind.calls, self._options.end_of_turn, is_ended)
             if completion is None:
                 raise self._error(
                     turn.index,
@@ -274,24 +288,10 @@ class _Renderer:
 
     def _written_otherwise(self, template: Template, turns, contexts, all_answered) -> dict[int, str]:
         """Messages as the template writes them, by their index, where marks in them change that: it may look at the name of a
-        call (functionary's `python`), or at how a text begins. What begins with a letter is looked at once for each kind."""
-        doubtful = []
-        for turn, context, answered in zip(turns, contexts, all_answered):
-            message = self._messages[turn.index]
-            key = turn.kind, message["tool_calls"][0]["function"]["name"] if turn.kind.calls else None
-            plain = all(text[0].isalnum() for text in (reasoning_of(message).strip(), *_pieces(message)[:1]) if text)
-            if not (plain and key in template.unmoved):
-                doubtful.append((turn, [*context, template.as_taken(message)], answered, key if plain else None))
-        if not doubtful:
-            return {}
-        found = {}
-        texts = self._apply(template, [messages for _, messages, _, _ in doubtful], [turn for turn, *_ in doubtful])
-        for (turn, _, answered, key), text in zip(doubtful, texts):
-            if unmarked(answered) != text:
-                found[turn.index] = text
-            elif key:
-                template.unmoved.add(key)
-        return found
+        call (functionary's `python`), or at how a text begins."""
+        messages = [[*context, template.as_taken(self._messages[turn.index])] for turn, context in zip(turns, contexts)]
+        written = zip(turns, all_answered, self._apply(template, messages, turns))
+        return {turn.index: text for turn, answered, text in written if unmarked(answered) != text}
 
     def _continued(self, turn: _Turn, answered: str) -> str:
         """The completion of a turn in which nothing can be marked, as the template itself continues the prompt."""
@@ -409,22 +409,25 @@ class _Renderer:
 
     def _lost_calls(self, turn: _Turn) -> dict[int, str]:
         """Calls before a turn that its prompt does not hold, by message: each is rendered with a mark of its own."""
-        context, names = [], {}
+        context, calls = [], []
         for i, message in enumerate(self._messages[: turn.index]):
             if message.get("tool_calls"):
-                message = marked_calls(message, len(names))
-                names |= {len(names) + k: (i, call["function"]["name"]) for k, call in enumerate(message["tool_calls"])}
+                marked_message = with_marks_in_calls(message, len(calls))
+                calls += [(i, call["function"]["name"]) for call in message["tool_calls"]]
+                message = marked_message
             context.append(turn.template.as_taken(message))
-        if not names:
+        if not calls:
             return {}
         try:
             [rendered] = self._rendered(turn.template, [context], self._tools, True)
         except Exception:  # a template that looks at the names
             return {}
+        if without_numbered_marks(rendered) != turn.prompt:
+            return {}
         return {
-            i: f"the chat template does not render its call of the tool {without_call_marks(name)!r}"
-            for k, (i, name) in reversed(names.items())
-            if call_mark(k) not in rendered
+            i: f"the chat template does not render its call of the tool {name!r}"
+            for k, (i, name) in enumerate(calls)
+            if numbered_mark(k) not in rendered
         }
 
     def _check_completion(self, turn: _Turn) -> None:
@@ -462,7 +465,8 @@ class _Renderer:
         """The texts of a message hold nothing that would be read as the end of its thought; an end of its turn is counted."""
         message = self._messages[turn.index]
         texts = (reasoning_of(message), *_pieces(message))
-        tags = (tag for thought in turn.template.thoughts for tag in thought)
+        closing = turn.template.closing_tokens
+        tags = (tag for thought in turn.template.thoughts for tag in thought if tag not in closing)
         held = next((tag for tag in tags if any(tag in text for text in texts)), None)
         if held:
             raise self._error(

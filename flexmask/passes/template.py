@@ -94,7 +94,6 @@ class Template(ChatTemplate):
         super().__init__(tokenizer, source, arguments, with_tools)
         self._format = reasoning_format
         self._leads: dict[Kind, Lead | ConversationError] = {}
-        self.unmoved: set = set()  # kinds of messages and names of calls in which marks change nothing
 
     def with_arguments(self, **arguments) -> Template:
         """The same template with further arguments; what it learns is kept."""
@@ -360,15 +359,15 @@ class Template(ChatTemplate):
 
     # What it writes after a message.
 
-    def finished(self, text: str, calls: bool, end_of_turn: str | None, own: str = "") -> str | None:
+    def finished(self, text: str, calls: bool, end_of_turn: str | None, is_ended: bool) -> str | None:
         """A completion that ends with the token that ends the turn, and with nothing after it. None: it is not known.
 
         Args:
-            own: the message's own text, if the completion ends with that or with what the template writes after it.
+            is_ended: whether the template has written anything behind the message's own text.
         """
         text = text.rstrip().removesuffix(self._trailer) if self._trailer else text
         short = text.rstrip()
-        if short.endswith(self.closing_tokens) and not (own.endswith(self.closing_tokens) and short.endswith(own)):
+        if is_ended and short.endswith(self.closing_tokens):
             return short
         token = end_of_turn or self._end_tokens[calls] or self.tokenizer.eos_token
         return text + token if token else None

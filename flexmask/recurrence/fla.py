@@ -296,7 +296,12 @@ class _Level:
 
     def counted(self, library: Callable) -> Callable:
         """A function of fla that need not count the chunks of this level."""
-        return _finding(library, {_OFFSETS: lambda *_: self.offsets})
+        return _finding(library, {_OFFSETS: self._offsets})
+
+    def _offsets(self, cu_seqlens: Tensor, chunk_size: int) -> _Offsets:
+        if chunk_size != CHUNK:
+            raise NotImplementedError(f"this version of fla has chunks of {chunk_size} tokens, expected {CHUNK}")
+        return self.offsets
 
     def to_parents(self, d_start: Tensor | None) -> Tensor | None:
         """Gradients of final states of the level above from those of the initial states of this one."""

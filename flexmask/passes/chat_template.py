@@ -14,6 +14,7 @@ from ..messages import REASONING_FIELDS, text_of
 from .probes import ANSWER, KEY, NAME, NEXT, TOOL, USER, VALUE
 
 SWITCHES = ("enable_thinking", "thinking")  # of templates, as booleans
+_LOCAL = REASONING_FIELDS[0]  # what templates call a variable of their own, which looks as if it came from outside
 
 
 class ChatTemplate:
@@ -77,7 +78,7 @@ class ChatTemplate:
 
     def thinking_arguments(self) -> str:
         """The arguments that have to do with thinking, for errors."""
-        found = sorted(name for name in self.variables if is_deciding(name) and name not in REASONING_FIELDS)
+        found = sorted(name for name in self.variables if is_deciding(name) and name != _LOCAL)
         return ", ".join(f"{name}=…" for name in found) or "enable_thinking=…"
 
     def tool_arguments(self) -> str:

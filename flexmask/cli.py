@@ -276,6 +276,10 @@ def _inspect(argv: list[str]) -> int:
     print(f"{inspect_tree(shown.tree)}\nmask picture: {args.output}\n\n{cost_of(shown.tree)}")
     if max_length is not None and shown.tree.max_length > max_length:
         print(TOO_LONG.format(max_length))
+    for note, count in shown.notes.items():
+        print(f"{note}: {count:,}")
+    if shown.conversation.ignored:
+        print(f"nobody reads these keys of the record: {', '.join(shown.conversation.ignored)}")
     if args.html:
         total = min(len(source), args.max_samples or len(source))
         bar = partial(tqdm, desc="conversations", total=total)

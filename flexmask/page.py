@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -38,6 +39,7 @@ class Shown:
         texts: of each token of the row what it adds to the text; of a character of several tokens the last one has it.
         kinds: of each pass, for each of its tokens, one of the above: uint8.
         unseen: see `unseen_by_inference`; None if not every assistant message has a pass, because then not all is known.
+        notes: what rendering counted, in words.
     """
 
     conversation: Conversation
@@ -47,6 +49,7 @@ class Shown:
     texts: list[str]
     kinds: list[np.ndarray]
     unseen: list[list[tuple[int, np.ndarray]]] | None
+    notes: Counter
 
     @classmethod
     def of(cls, record: Record, maker: TreeMaker) -> Shown:
@@ -55,8 +58,8 @@ class Shown:
         Raises:
             ConversationError: it cannot be read or rendered.
         """
-        conversation, tokenizer = maker.conversation(record), maker.tokenizer
-        passes = render_conversation(conversation, tokenizer, **maker.template_options)
+        conversation, tokenizer, notes = maker.conversation(record), maker.tokenizer, Counter()
+        passes = render_conversation(conversation, tokenizer, counts=notes, **maker.template_options)
         tree = TokenTree.from_passes(passes, loss_reduction=maker.loss_reduction)
         paths, texts = tree.paths(), [""] * len(tree)
         kinds = []
@@ -67,7 +70,7 @@ class Shown:
             kinds.append(_kinds(pieces, weights_of(p) > 0, conversation))
         answers = sum(message["role"] == "assistant" for message in conversation["messages"])
         unseen = unseen_by_inference(tree, paths) if len(passes) == answers else None
-        return cls(conversation, passes, tree, paths, texts, kinds, unseen)
+        return cls(conversation, passes, tree, paths, texts, kinds, unseen, notes)
 
 
 def weights_of(p: Pass) -> np.ndarray:

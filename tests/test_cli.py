@@ -174,6 +174,20 @@ def test_inspect_tells_what_is_longer_than_the_model_takes(tmp_path, trained, ca
         assert (tmp_path / "page.html").read_text().count("more tokens than the model takes, 8,192") == 1
 
 
+def test_inspect_tells_what_is_counted(tmp_path, trained, capsys):
+    """The bug guarded: only the page and preparation said so."""
+    path = tmp_path / "data.jsonl"
+    record = demo.conversations(1)[0] | {"score": 3}
+    record["messages"][-1]["content"] += "<|im_end|>"
+    record["messages"][0]["reasonning"] = "T"
+    path.write_text(json.dumps(record))
+    assert main(["inspect", str(path), "--tokenizer", str(trained), "--output", str(tmp_path / "mask.png")]) == 0
+    out = capsys.readouterr().out
+    assert "trained messages whose text holds '<|im_end|>', where the model would end its turn: 1" in out
+    assert "messages with a key 'reasonning', which the chat template does not write: 1" in out
+    assert "nobody reads these keys of the record: score" in out
+
+
 def test_verify_exit_code_tells_a_mismatch(trained, data, monkeypatch, capsys):
     monkeypatch.setitem(AttentionInterface._global_mapping, "flexmask", broken_attention(leaking))
     assert main(["verify", data, "--model_name_or_path", str(trained), "--gradients", "false"]) == 1

@@ -185,7 +185,7 @@ def test_inspect_tells_what_is_counted(tmp_path, trained, capsys):
     out = capsys.readouterr().out
     assert "trained messages whose text holds '<|im_end|>', where the model would end its turn: 1" in out
     assert "messages with a key 'reasonning', which the chat template does not write: 1" in out
-    assert "nobody reads these keys of the record: score" in out
+    assert "nobody reads these keys of the record: answers, score" in out
 
 
 def test_verify_exit_code_tells_a_mismatch(trained, data, monkeypatch, capsys):

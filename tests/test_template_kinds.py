@@ -485,8 +485,8 @@ def test_a_template_that_looks_at_how_a_text_begins(text):
 def test_how_a_text_begins_is_looked_at_in_every_message():
     """The bug guarded: what one message was like was taken for what all are like."""
     template = CHATML.replace("{{ m.content }}", "{{ '<act>' if m.content.startswith('Action') }}{{ m.content }}")
-    for text, written in (("Hello", "Hello"), ("Action: x", "<act>Action: x")):
-        assert completions(template, [user("Q"), answer(text)]) == [written + "<|im_end|>"]
+    found = completions(template, [user("Q"), answer("Hello"), user("Q"), answer("Action: x")])
+    assert found == ["Hello<|im_end|>", "<act>Action: x<|im_end|>"]
 
 
 def test_tags_of_thoughts_inside_a_content():
@@ -539,13 +539,17 @@ def test_content_beside_calls_that_the_template_never_writes():
 
 
 def test_what_is_learned_of_a_template_does_not_depend_on_other_records():
-    """The bug guarded: arguments that have nothing to do with thinking counted by their names alone."""
-    template = CHATML.replace(
-        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n{{ start }}{% endif %}"
-    ).replace("\n{{ m.content }}", "\n{% if mode == 'b' and m.role == 'assistant' %}<x></x>{% endif %}{{ m.content }}")
-    for mode in ("a", "b", "a"):
-        [completion] = completions(template, [user("Q"), answer("A")], mode=mode)
-        assert completion == "<x></x>" * (mode == "b") + "A<|im_end|>"
+    """The bug guarded: arguments that have nothing to do with thinking counted by their names alone. The end of a turn is
+    learned, where the template writes it only before the next one."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if not loop.last or m.role == 'user' %}"
+        "{{ '<|im_end|>' if mode == 'b' else '<|endoftext|>' }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tok = copy.deepcopy(tokenizer("qwen3"))
+    for mode, end in (("a", "<|endoftext|>"), ("b", "<|im_end|>"), ("a", "<|endoftext|>")):
+        [p] = render_passes([user("Q"), answer("A")], tok, chat_template=template, mode=mode)
+        assert tok.decode(np.array(p.input_ids)[p.loss_mask]) == "A" + end
 
 
 def test_switches_in_texts_that_templates_obey_may_go():

@@ -132,8 +132,8 @@ def install(model_class: type) -> None:
 
 
 def is_installed(model_class: type | None) -> bool:
-    """Whether `install` was called for a model class, or there is nothing to put anywhere."""
-    if model_class is None:
+    """Whether `install` was called for a model class, or there is nothing to put anywhere. Every layer asks."""
+    if model_class is None or model_class in _installed:
         return True
     functions = (vars(module).get(name) for module in _modules(model_class) for name in _OURS)
     return all(hasattr(function, "_flexmask") for function in functions if callable(function))

@@ -412,9 +412,9 @@ class _Renderer:
         context, calls = [], []
         for i, message in enumerate(self._messages[: turn.index]):
             if message.get("tool_calls"):
-                marked_message = with_marks_in_calls(message, len(calls))
+                first = len(calls)
                 calls += [(i, call["function"]["name"]) for call in message["tool_calls"]]
-                message = marked_message
+                message = with_marks_in_calls(message, first)
             context.append(turn.template.as_taken(message))
         if not calls:
             return {}

@@ -140,7 +140,8 @@ _FASTER_THAN_FLEX = {
 }
 _COMPILED = ("flex", "triton")
 _broken: dict[str, str] = {}  # backends that could not be compiled under "auto", and why
-_probed: dict[tuple, dict[int, NotImplementedError | None]] = {}  # kind of call -> length -> what came of it
+# Kind of call -> length -> why it is refused, if it is. Not the exception, which would keep the tensors of every frame it passed.
+_probed: dict[tuple, dict[int, str | None]] = {}
 
 
 def _preferred(query: Tensor, value: Tensor, subtree_end: Tensor, sliding_window: int | None) -> list[str]:
@@ -176,8 +177,9 @@ def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) 
     kind = (name, query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], *options)
     kind += (query.shape[2] == key.shape[2], *needs_grad.items())
     lengths, length = _probed.setdefault(kind, {}), key.shape[2]
-    for refused in filter(None, lengths.values()):
-        raise refused
+    for refused in lengths.values():
+        if refused is not None:
+            raise NotImplementedError(refused)
     if length in lengths or len(lengths) == 2:
         return
     lengths[length] = None
@@ -188,7 +190,7 @@ def _probe_backward(name: str, query, key, value, subtree_end, arguments: dict) 
         try:
             BACKENDS[name](*copies.values(), subtree_end, **arguments).sum().backward()
         except NotImplementedError as error:
-            lengths[length] = error
+            lengths[length] = str(error)
             raise
 
 

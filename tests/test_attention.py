@@ -1,8 +1,10 @@
+import gc
 import importlib.util
 import logging
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -418,6 +420,22 @@ def test_auto_goes_on_with_a_backend_that_cannot_do_one_call(preferred):
     for _ in range(2):
         close(tree_attention(q, k, v, ends), dense_attention(q, k, v, visible), 1e-12)
     assert len(calls) == 1 and not flexmask.attention._broken, "asked once for this kind, and not banned"
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_call_that_a_backend_refused_leaves_no_tensors_behind(preferred, calls):
+    """The bug guarded: the refusal was kept as it was raised, with the tensors of every frame, and grew by each call's."""
+    preferred(flexmask.attention.flex.attention)
+
+    def layer():
+        q, k, v, _, ends, *_ = problem(6, 64)
+        hidden = torch.empty(1)
+        tree_attention(q, k, v, ends)
+        return [weakref.ref(x) for x in (q, k, v, hidden)]
+
+    kept = [x for _ in range(calls) for x in layer()]
+    gc.collect()
+    assert not any(x() is not None for x in kept)
 
 
 def test_a_backend_that_refuses_only_its_backward_is_asked_once_per_kind(preferred):

@@ -4,6 +4,7 @@ Each stands for public templates that are named with it; what is right was found
 """
 
 import copy
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -374,6 +375,15 @@ def test_what_stands_before_the_name_of_a_call_is_never_a_probe():
     )
     with pytest.raises(ConversationError, match="writes more of a call before its name"):
         turns(template, [user("Q"), call(1, 2, "R")])
+    # The bug guarded: what was learned was the error as it had been raised, to which every further one added its frames.
+    tok = copy.deepcopy(tokenizer("qwen3"))
+    tok.chat_template = template
+    frames = []
+    for _ in range(3):
+        with pytest.raises(ConversationError) as error:
+            render_passes([user("Q"), call(1, 2, "R")], tok)
+        frames.append(len(list(traceback.walk_tb(error.value.__cause__.__traceback__))))
+    assert frames[1] == frames[2]
 
 
 def test_a_changed_tokenizer_is_looked_at_again():

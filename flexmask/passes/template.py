@@ -93,7 +93,7 @@ class Template(ChatTemplate):
     ):
         super().__init__(tokenizer, source, arguments, with_tools)
         self._format = reasoning_format
-        self._leads: dict[Kind, Lead | ConversationError] = {}
+        self._leads: dict[Kind, Lead | str] = {}  # or why there is none
 
     def with_arguments(self, **arguments) -> Template:
         """The same template with further arguments; what it learns is kept."""
@@ -111,10 +111,10 @@ class Template(ChatTemplate):
             try:
                 self._leads[kind] = self._find_lead(kind)
             except ConversationError as error:
-                self._leads[kind] = error
+                self._leads[kind] = str(error)
         found = self._leads[kind]
-        if isinstance(found, ConversationError):
-            raise found
+        if isinstance(found, str):
+            raise ConversationError(found)
         return found
 
     def _find_lead(self, kind: Kind) -> Lead:

@@ -19,7 +19,7 @@ demo: $(VENV)/.installed  ## train a tiny model on generated conversations, and 
 	$(BIN)/flexmask train --config examples/quickstart.yaml
 
 test: $(VENV)/.installed  ## the whole test suite
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 kernels-check: $(VENV)/.installed  ## compile every kernel configuration ahead of time, for GPUs that need not be here
 	$(BIN)/python -m flexmask_kernels.check

@@ -18,6 +18,7 @@ import pkgutil
 import sys
 import warnings
 
+from interpreter import look_up_builtins_once
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -50,6 +51,7 @@ def counting_range(*bounds, **_):
 
 def prepare(folder: str) -> None:
     """Make fla's kernels run here: the first configuration of each, and loops that the interpreter can do."""
+    look_up_builtins_once()
     make, run = Autotuner.__init__, InterpretedFunction.run
     Autotuner.__init__ = lambda self, fn, names, configs, *rest, **more: make(
         self, fn, names, configs[:1], *rest, **more

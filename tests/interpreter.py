@@ -8,8 +8,7 @@ from triton.runtime import interpreter
 
 def look_up_builtins_once() -> None:
     """In every call of a kernel's helper the interpreter goes through all members of triton.language for those that it has to
-    replace. Which these are is looked up once, which saves about a fifth of the time; what it does with them
-    stays."""
+    replace. Which these are is looked up once, which saves about a fifth of the time; what it does with them stays."""
     is_builtin = interpreter.tl.core.is_builtin
 
     @functools.cache

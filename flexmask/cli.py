@@ -253,19 +253,20 @@ def _inspect(argv: list[str]) -> int:
     maker = tree_maker(tokenizer, columns=dataset.columns, **template_args.options())
 
     try:
-        config, missing = load_config(args.tokenizer, tokenizer), None
+        config, missing = load_config(args.tokenizer, tokenizer), ""
     except (OSError, ValueError) as error:
-        config, missing = None, error
+        config, missing = None, str(error)
 
     max_length = None if config is None else longest_pass(config, None)
 
     def cost_of(tree) -> str:
+        why = missing
         try:
-            if missing is not None:
-                raise missing
-            return str(cost(tree, config))
-        except (OSError, ValueError, NotImplementedError) as error:
-            return f"FLOPs are not counted: {' '.join(str(error).split())}"
+            if config is not None:
+                return str(cost(tree, config))
+        except (ValueError, NotImplementedError) as error:
+            why = str(error)
+        return f"FLOPs are not counted: {' '.join(why.split())}"
 
     [record] = source.read(args.index, args.index + 1)
     shown = Shown.of(record, maker)

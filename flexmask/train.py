@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -198,9 +199,9 @@ def _verify(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, conversations:
         before = next(model.parameters()).device
         try:
             model.to(trainer.args.device)
-            try:
+            with suppress(torch.OutOfMemoryError):
                 outcome = [verify(model, tokenizer, conversations, **options)]
-            except torch.OutOfMemoryError:
+            if outcome == [None]:  # not while the error is handled, which keeps what did not fit
                 model.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
                 outcome = [verify(model, tokenizer, conversations, gradients=False, **options)]

@@ -15,9 +15,9 @@ def look_up_builtins_once() -> None:
     def names(of) -> list[str]:
         return [name for name, member in inspect.getmembers(of) if is_builtin(member)]
 
-    def patch_builtin(of, builder, scope) -> None:
+    def patch_builtin(of, builder, *scope) -> None:
         for name in names(of):
             if is_builtin(member := getattr(of, name)):  # not replaced yet
-                interpreter._patch_attr(of, name, member, builder, scope)
+                interpreter._patch_attr(of, name, member, builder, *scope)
 
     interpreter._patch_builtin = patch_builtin

@@ -386,6 +386,17 @@ def test_what_stands_before_the_name_of_a_call_is_never_a_probe():
     assert frames[1] == frames[2]
 
 
+def test_a_prompt_that_the_answer_does_not_continue_is_shown_in_the_users_words():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content }}\n"
+        "</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n[P]{% endif %}"
+    )
+    for _ in range(2):  # found out, and remembered
+        with pytest.raises(ConversationError, match=r"MY REASON.*MY ANSWER"):
+            turns(template, [user("Q"), answer("MY ANSWER", "MY REASON")])
+
+
 def test_a_changed_tokenizer_is_looked_at_again():
     """The bug guarded: what was learned with the end token of before was kept."""
     tok = copy.deepcopy(tokenizer("qwen3"))

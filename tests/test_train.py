@@ -1,7 +1,10 @@
 """What the Trainer makes of rows with unequal numbers of targets: in one process, and in two."""
 
+import gc
 import json
+import weakref
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,6 +16,7 @@ from models import tiny
 from test_transformers import Vocabulary, rows_of_unequal_size
 from transformers import TrainingArguments
 
+import flexmask.train
 from flexmask import (
     ConversationError,
     OnePassCollator,
@@ -294,3 +298,23 @@ def test_the_mean_over_all_ranks_cannot_be_switched_off(tmp_path, monkeypatch):
     monkeypatch.setattr(OnePassTrainingArguments, "world_size", 2)
     with pytest.raises(ValueError, match="average_tokens_across_devices must be true"):
         OnePassTrainingArguments(str(tmp_path), use_cpu=True, average_tokens_across_devices=False)
+
+
+def test_verification_that_does_not_fit_is_let_go_of_before_it_is_tried_without_gradients(monkeypatch):
+    """The bug guarded: it was tried again while the error was handled, which kept the gradients and activations of the first."""
+    kept = []
+
+    def verify(model, *_, gradients=True):
+        if gradients:
+            activations = torch.empty(1)
+            kept.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("of memory")
+        gc.collect()
+        return f"without gradients, {kept[0]() is None}"
+
+    monkeypatch.setattr(flexmask.train, "verify", verify)
+    trainer = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), is_fsdp_enabled=True, is_deepspeed_enabled=False, is_world_process_zero=lambda: True,
+        args=SimpleNamespace(device="cpu"),
+    )  # fmt: skip
+    assert flexmask.train._verify(trainer, None, [], {}) == "without gradients, True"

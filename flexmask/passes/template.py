@@ -93,7 +93,8 @@ class Template(ChatTemplate):
     ):
         super().__init__(tokenizer, source, arguments, with_tools)
         self._format = reasoning_format
-        self._leads: dict[Kind, Lead | str] = {}  # or why there is none
+        # Or why there is none; not the error itself, which would keep the messages of every frame that it passed.
+        self._leads: dict[Kind, Lead | tuple[type[ConversationError], str]] = {}
 
     def with_arguments(self, **arguments) -> Template:
         """The same template with further arguments; what it learns is kept."""
@@ -111,11 +112,12 @@ class Template(ChatTemplate):
             try:
                 self._leads[kind] = self._find_lead(kind)
             except ConversationError as error:
-                self._leads[kind] = str(error)
+                self._leads[kind] = type(error), str(error)
         found = self._leads[kind]
-        if isinstance(found, str):
-            raise ConversationError(found)
-        return found
+        if isinstance(found, Lead):
+            return found
+        error, text = found
+        raise error(text)
 
     def _find_lead(self, kind: Kind) -> Lead:
         prompt, answered, message = self._probe_ends(kind)

@@ -14,7 +14,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from .data import OVERLONG, TreeMaker
 from .messages import COLUMNS, ConversationError, check_template_arguments, is_weight
-from .passes import EMPTY_REASONING, TRAIN_ON, render_passes
+from .passes import EMPTY_REASONING, TRAIN_ON, UNWRITTEN_TOOLS, render_passes
 from .sources import SUFFIXES
 from .tree import LOSS_REDUCTIONS
 
@@ -257,6 +257,12 @@ class TemplateArguments:
             "as a target, drop the message (context only), or error."
         },
     )
+    unwritten_tools: str = field(
+        default="error",
+        metadata={
+            "help": "Conversations with tools that the template leaves out: error, or drop the tools, as the template does."
+        },
+    )
     reasoning_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of reasoning in the loss, that of answers being 1; 0 trains answers only."},
@@ -271,6 +277,7 @@ class TemplateArguments:
             )
         check_choice("train_on", self.train_on, TRAIN_ON)
         check_choice("empty_reasoning", self.empty_reasoning, EMPTY_REASONING)
+        check_choice("unwritten_tools", self.unwritten_tools, UNWRITTEN_TOOLS)
         if not is_weight(self.reasoning_weight):
             raise ValueError(f"reasoning_weight is {self.reasoning_weight}, expected a number that is not negative")
 
@@ -285,6 +292,7 @@ class TemplateArguments:
             "end_of_turn": self.end_of_turn,
             "train_on": self.train_on,
             "empty_reasoning": self.empty_reasoning,
+            "unwritten_tools": self.unwritten_tools,
             "reasoning_weight": self.reasoning_weight,
             **json.loads(self.chat_template_kwargs),
         }

@@ -54,11 +54,8 @@ JUDGED = [
     Judged(r"gemma-?4|diffusion_gemma|DeepSeek-V3|Nemotron-Nano-v2|Hy3", r"in a row", _ROW),
     Judged(r"Solar-Open|GigaChat3-10B", r".", _INSIDE),
     Judged(r"Nemotron-Nano-v2", r"calls? with content|tool's name", _INSIDE),
-    Judged(
-        r"(?i)deepseek[-_]?v3|R1-Distill-Qwen",
-        r"tools not given",
-        "a second call is written without what begins the first",
-    ),
+    Judged(r"(?i)deepseek[-_]?v3", r"tools not given", "a thought behind a tool's answer is never shown"),
+    Judged(r"R1-Distill-Qwen", r"tools not given", "a second call is written without what begins the first"),
     Judged(r"command-r-plus", r"argument", "its generation prompt holds an instruction that history has not"),
 ]
 

@@ -298,6 +298,7 @@ def test_a_fault_in_a_stream_ends_in_one_line(tmp_path, data, workers, capsys):
         (["--streaming", "true"], "a stream has no length, so that --streaming needs --max_steps"),
         (["--train_on", "first"], "train_on is 'first', expected one of all, last"),
         (["--empty_reasoning", "x"], "empty_reasoning is 'x', expected one of prompt, keep, drop, error"),
+        (["--unwritten_tools", "x"], "unwritten_tools is 'x', expected one of error, drop"),
         (["--reasoning_weight", -1], "reasoning_weight is -1.0, expected a number that is not negative"),
         (["--dtype", "bfloat17"], "dtype is 'bfloat17', expected one of auto, float32"),
         (["--model_name_or_path", "."], ".: holds no tokenizer"),

@@ -263,6 +263,104 @@ def test_an_opening_that_only_this_conversation_has(first, later, after):
         turns(template, [user("Q"), call(1, 2), *after, call(3, 3)])
 
 
+# Leaves out the content beside all calls but the first, too.
+DROPS_LATER_CONTENT = OPENS_CALLS_ONCE.replace("<a>FIRST", "<a>{{ m.content }}FIRST")
+BESIDE = "messages whose content beside calls later prompts do not hold"
+
+
+def beside(content, a, b):
+    return call(a, b) | {"content": content}
+
+
+@pytest.mark.parametrize("after", [IN_A_LOOP, AFTER_A_USER])
+@pytest.mark.parametrize("content", ["And now.", "  And now.\n\n"])
+@pytest.mark.parametrize("first, later", [("<calls>\n<c>", "\n<c>"), ("\n<c>", "\n<c>"), ("<calls>", "")])
+def test_content_beside_a_later_call_that_history_leaves_out(first, later, content, after):
+    """DeepSeek-V3: the model writes it as it does beside a first call, and later prompts are without it, as at inference."""
+    template = DROPS_LATER_CONTENT.replace("FIRST", first).replace("LATER", later)
+    counts = Counter()
+    messages = [user("Q"), beside("First.", 1, 2), *after, beside(content, 3, 3), RESULT, answer("6")]
+    found = turns(template, messages, counts=counts)
+    assert found[0][1] == f'First.{first}add{{"a": 1, "b": 2}}<|im_end|>'
+    assert found[1][1] == f'{content}{first}add{{"a": 3, "b": 3}}<|im_end|>'
+    assert content.strip() not in found[2][0] and f'{later.strip()}add{{"a": 3, "b": 3}}' in found[2][0]
+    assert counts[BESIDE] == 1
+
+
+def test_content_beside_calls_that_stays_in_history_is_not_counted():
+    counts = Counter()
+    turns(WITH_TOOLS, [user("Q"), beside("First.", 1, 2), RESULT, answer("6")], counts=counts)
+    assert BESIDE not in counts
+
+
+@pytest.mark.parametrize(
+    "first, later",
+    [
+        ("<c>{{ ns.calls }} ", "<c>{{ ns.calls }} "),
+        ("<calls><c>", "<more><c>"),
+        ("<calls><c>", "{{ m.tool_calls[0].function.name }}!<c>"),
+    ],
+)
+def test_content_left_out_beside_a_call_that_is_written_in_another_way(first, later):
+    template = DROPS_LATER_CONTENT.replace("FIRST", first).replace("LATER", later)
+    with pytest.raises(ConversationError, match=r"message 3 \(assistant\): .* does not continue its own prompt"):
+        turns(template, [user("Q"), beside("First.", 1, 2), RESULT, beside("Then.", 3, 3)])
+
+
+def test_content_that_a_template_never_writes_beside_calls():
+    template = OPENS_CALLS_ONCE.replace("FIRST", "<c>").replace("LATER", "<c>")
+    with pytest.raises(ConversationError, match=r"message 1 \(assistant\): .*does not render its content as it is"):
+        turns(template, [user("Q"), beside("First.", 1, 2), RESULT, beside("Then.", 3, 3)])
+
+
+def test_a_thought_before_a_later_call():
+    """DeepSeek-V3 drops it and opens no thought in the prompt behind a tool's answer, so how it is written must be said."""
+    template = OPENS_CALLS_ONCE.replace("FIRST", "<calls><c>").replace("LATER", "<c>")
+    messages = [user("Q"), call(1, 2), RESULT, call(3, 3, "And now.")]
+    with pytest.raises(
+        ConversationError, match=r"message 3 \(assistant\): .*drops its reasoning.*pass reasoning_format=…"
+    ):
+        turns(template, messages)
+    assert completions(template, messages, reasoning_format="<think>{reasoning}</think>\n\n")[1] == (
+        '<think>And now.</think>\n\n<calls><c>add{"a": 3, "b": 3}<|im_end|>'
+    )
+
+
+def test_a_prompt_that_only_this_conversation_has():
+    """What a shorter conversation shows is not what follows it."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% else %}<a></think>{{ m.content }}<|im_end|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<a {{ messages | length }}><think>{% endif %}"
+    )
+    messages = [user("Q"), answer("A", train=False), user("Q2"), answer("B")]
+    with pytest.raises(ConversationError, match=r"message 3 \(assistant\): .* does not continue its own prompt"):
+        turns(template, messages)
+
+
+def test_a_mismatch_names_only_arguments_that_the_template_reads():
+    template = OPENS_CALLS_ONCE.replace("FIRST", "<calls>1. ").replace("LATER", "2. ")
+    with pytest.raises(
+        ConversationError, match=r"where the answer has '.*; pass a chat_template=… with which both agree"
+    ):
+        turns(template, [user("Q"), call(1, 2), RESULT, call(3, 3)])
+
+
+def test_tools_that_the_template_does_not_write():
+    """They are dropped where that is asked for, as at inference with this template; and counted."""
+    messages, counts = [user("Please add 2 and 2"), answer("4")], Counter()
+    with pytest.raises(
+        ConversationError, match=r"does not render the tool 'add'; leave tools out \(unwritten_tools='drop'"
+    ):
+        turns(CHATML, messages, tools=TOOLS)
+    assert turns(CHATML, messages, tools=TOOLS, unwritten_tools="drop", counts=counts) == turns(CHATML, messages)
+    assert counts == {"conversations with tools that the chat template does not write": 1}
+    counts.clear()
+    found = turns(WITH_TOOLS, messages, tools=TOOLS, unwritten_tools="drop", counts=counts)
+    assert found == turns(WITH_TOOLS, messages, tools=TOOLS) and not counts
+    with pytest.raises(ConversationError, match="unwritten_tools is 'x', expected one of error, drop"):
+        turns(CHATML, messages, unwritten_tools="x")
+
+
 # Forms of content, and roles.
 
 
@@ -571,6 +669,12 @@ def test_what_is_learned_of_a_template_does_not_depend_on_other_records():
     for mode, end in (("a", "<|endoftext|>"), ("b", "<|im_end|>"), ("a", "<|endoftext|>")):
         [p] = render_passes([user("Q"), answer("A")], tok, chat_template=template, mode=mode)
         assert tok.decode(np.array(p.input_ids)[p.loss_mask]) == "A" + end
+    template = CHATML.replace(
+        "\n{{ m.content }}", "\n{% if mode == 'b' and m.role == 'assistant' %}<x></x>{% endif %}{{ m.content }}"
+    )
+    for mode in ("a", "b", "a"):
+        [p] = render_passes([user("Q"), answer("A")], tok, chat_template=template, mode=mode)
+        assert tok.decode(np.array(p.input_ids)[p.loss_mask]) == "<x></x>" * (mode == "b") + "A<|im_end|>"
 
 
 def test_switches_in_texts_that_templates_obey_may_go():

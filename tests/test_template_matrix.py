@@ -15,7 +15,7 @@ from template_matrix import cells_of, check, families, sample, unthought
 from template_oracle import GENERIC, Family, canonical, faults, plain_text
 from template_shapes import SHAPES, function, user
 
-from flexmask import render_passes
+from flexmask import ConversationError, render_passes
 
 STEP = 7  # each family is asked for every seventh shape here, another seventh than the family before
 PIECES = 4
@@ -189,7 +189,8 @@ def test_the_rendering_of_the_oracle_is_the_tokenizers():
 
 @pytest.mark.parametrize("name", ["trl/qwen3", "trl/glm4moe", "trl/gptoss"])
 def test_records_of_agents_logs(name):
-    """Made-up records in the two forms of agents' logs: null contents, arguments as text; several assistant messages in a row."""
+    """Made-up records in the forms of agents' logs: null contents, arguments as text; several assistant messages in a row; a
+    text beside a later call."""
     from flexmask.messages import read_conversation
 
     def asked(ident, name, arguments):
@@ -232,15 +233,70 @@ def test_records_of_agents_logs(name):
         {"role": "user", "content": "No."},
         {"role": "assistant", "content": "Goodbye then.", "reasoning_content": "Nothing is left to do."},
     ]
+    beside = [
+        *plain[:4],
+        {
+            "role": "assistant",
+            "content": "There are two of that name, I look again.",
+            "tool_calls": [asked("call_K3g", "find_user", '{"name": "Ana Sá", "strict": false}')],
+        },
+        {"role": "tool", "tool_call_id": "call_K3g", "name": "find_user", "content": "[]"},
+        *plain[4:],
+    ]
     functions = [
         function("find_user", "Finds a user.", name={"type": "string"}, strict={"type": "boolean"}),
         function("order_status", "Says where an order is.", number={"type": "integer"}),
     ]
     family = Family(name, template(name))
-    for record in ({"messages": plain}, {"messages": reasoned, "tools": functions}):
+    for record in ({"messages": plain}, {"messages": beside}, {"messages": reasoned, "tools": functions}):
         read = read_conversation(record, "log:1")
         cell = check(family, "a log", read["messages"], read.get("tools"))
         assert cell.outcome == "right", cell
+
+
+def test_a_log_of_which_the_template_leaves_out_a_part():
+    """DeepSeek-V3: the tools, a text beside a later call, and how a thought is written behind a tool's answer."""
+    family = Family("trl/deepseekv3", template("trl/deepseekv3"))
+
+    def asked(content, reasoning, number):
+        call = {"type": "function", "function": {"name": "order_status", "arguments": f'{{"number": {number}}}'}}
+        message = {"role": "assistant", "content": content, "reasoning_content": reasoning, "tool_calls": [call]}
+        return message, {"role": "tool", "name": "order_status", "content": "shipped"}
+
+    def written(content, number):
+        return (
+            f"{content}<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>order_status\n```json\n"
+            f'{{"number": {number}}}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'
+        )
+
+    messages = [
+        user("Where are my two orders?"),
+        *asked("I look.", "One after the other.", 41),
+        *asked("Now the other.", "The second.", 42),
+        {"role": "assistant", "content": "Both were shipped.", "reasoning_content": "Good."},
+    ]
+    tools = [function("order_status", "Says where an order is.", number={"type": "integer"})]
+    options = {"reasoning_format": "<think>\n{reasoning}\n</think>\n\n", "unwritten_tools": "drop"}
+    passes, tok = render_passes(messages, family.tokenizer, tools=tools, **options), family.tokenizer
+    expected = [
+        "One after the other.\n</think>\n\n" + written("I look.", 41),
+        "<think>\nThe second.\n</think>\n\n" + written("Now the other.", 42),
+        "<think>\nGood.\n</think>\n\nBoth were shipped.<｜end▁of▁sentence｜>",
+    ]
+    for made, index, completion in zip(passes, (1, 3, 5), expected, strict=True):
+        context = tok.apply_chat_template(messages[:index], tools=tools, add_generation_prompt=True)["input_ids"]
+        assert made.input_ids[: len(context)].tolist() == context
+        assert tok.decode(made.input_ids[len(context) :]) == completion
+        assert made.loss_mask.tolist() == [False] * len(context) + [True] * (len(made.input_ids) - len(context))
+    without = {key: value for key, value in options.items() if key != "reasoning_format"}
+    with pytest.raises(
+        ConversationError, match=r"message 3 \(assistant\): .*drops its reasoning.*pass reasoning_format=…"
+    ):
+        render_passes(messages, tok, tools=tools, **without)
+    with pytest.raises(
+        ConversationError, match=r"the tool 'order_status'; leave tools out \(unwritten_tools='drop' does\)"
+    ):
+        render_passes(messages, tok, tools=tools, reasoning_format=options["reasoning_format"])
 
 
 # ------------------------------------------------------------------------------------- parsers written by others

@@ -78,8 +78,7 @@ class ChatTemplate:
 
     def thinking_arguments(self) -> str:
         """The arguments that have to do with thinking, for errors."""
-        found = sorted(name for name in self.variables if is_deciding(name) and name != _LOCAL)
-        return ", ".join(f"{name}=…" for name in found) or "enable_thinking=…"
+        return ", ".join(f"{name}=…" for name in sorted(self.variables) if is_deciding(name) and name != _LOCAL)
 
     def tool_arguments(self) -> str:
         """The arguments other than `tools` that have to do with tools, for errors."""

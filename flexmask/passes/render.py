@@ -38,6 +38,9 @@ from ..messages import (
     without_nulls,
 )
 from .probes import (
+    CALL_MARK,
+    CONTENT_MARK,
+    USER,
     Kind,
     marked,
     numbered_mark,
@@ -46,10 +49,11 @@ from .probes import (
     with_marks_in_calls,
     without_numbered_marks,
 )
-from .template import Mismatch, Template, template_of
+from .template import Lead, Mismatch, Template, is_opened, template_of
 
 TRAIN_ON = ("all", "last")
 EMPTY_REASONING = ("prompt", "keep", "drop", "error")
+UNWRITTEN_TOOLS = ("error", "drop")
 # Keys of a message that are read here, whatever the template reads.
 _READ = {"role", "content", "train", "tool_calls", *WEIGHTS, *REASONING_FIELDS}
 
@@ -81,6 +85,7 @@ def render_passes(
     end_of_turn: str | None = None,
     train_on: str = "all",
     empty_reasoning: str = "prompt",
+    unwritten_tools: str = "error",
     reasoning_weight: float = 1.0,
     counts: Counter | None = None,
     **template_kwargs,
@@ -102,10 +107,12 @@ def render_passes(
             "prompt": it is rendered with the template's thinking switched off (enable_thinking=False), so that the empty
             thought stands in the prompt; where the template has no such switch, the empty thought is trained. "keep": it
             is trained. "drop": the message is context only. "error".
+        unwritten_tools: what becomes of a conversation with tools that the template leaves out. "error", or "drop": it is
+            trained as the model would see it with this template, which is without them.
         reasoning_weight: of what comes before the visible part of a message, with its tags; 0 trains answers only. The
             message's own one wins.
-        counts: is told how many empty thoughts were trained, stand in prompts, or were dropped, and how many messages
-            have a key that nobody reads.
+        counts: is told how many empty thoughts were trained, stand in prompts, or were dropped, what the template leaves
+            out of later prompts, and how many messages have a key that nobody reads.
         **template_kwargs: passed to the template (`enable_thinking=…`).
 
     Returns:
@@ -121,7 +128,9 @@ def render_passes(
     conversation.names = [f"message {i} ({m['role']})" for i, m in enumerate(conversation["messages"])]
     if tools:
         conversation["tools"] = read_tools([get_json_schema(tool) if callable(tool) else tool for tool in tools])
-    options = _Options(chat_template, reasoning_format, end_of_turn, train_on, empty_reasoning, reasoning_weight)
+    options = _Options(
+        chat_template, reasoning_format, end_of_turn, train_on, empty_reasoning, unwritten_tools, reasoning_weight
+    )
     counts = Counter() if counts is None else counts
     passes = _Renderer(conversation, tokenizer, options, template_kwargs, counts).passes()
     counts.update(f"conversations with a key {key!r}, which nobody reads" for key in unread)
@@ -162,6 +171,7 @@ class _Options:
     end_of_turn: str | None = None
     train_on: str = "all"
     empty_reasoning: str = "prompt"
+    unwritten_tools: str = "error"
     reasoning_weight: float = 1.0
 
     def check(self, tokenizer) -> None:
@@ -169,7 +179,8 @@ class _Options:
             raise ConversationError(
                 f"reasoning_format must contain '{{reasoning}}' exactly once, got {self.reasoning_format!r}"
             )
-        for name, allowed in (("train_on", TRAIN_ON), ("empty_reasoning", EMPTY_REASONING)):
+        choices = {"train_on": TRAIN_ON, "empty_reasoning": EMPTY_REASONING, "unwritten_tools": UNWRITTEN_TOOLS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConversationError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         if not (self.chat_template or tokenizer.chat_template):
@@ -272,6 +283,8 @@ class _Renderer:
             turn.prompt = prompt
             if turn.index in written:
                 turn.lead, visible = "", self._continued(turn, written[turn.index])
+            elif turn.kind.content and turn.kind.calls and CONTENT_MARK not in answered:
+                turn.lead, visible = self._parts_of_first_call(turn, answered)
             else:
                 turn.lead, visible = self._parts(turn, answered)
             # A content may end with a token that ends turns, and the template write none behind it.
@@ -318,18 +331,43 @@ class _Renderer:
             return unmarked(answered[len(prompt) :]), ""
         if at < 0:
             raise self._not_rendered(turn, answered)
-        text = text_of(message)
-        space = text[: len(text) - len(text.lstrip())]  # which belongs to the content, where the template leaves it
-        at -= len(space) if answered[:at].endswith(space) else 0
+        at -= _space_before(message, answered[:at])
+        lead = self._lead(turn, answered)
+        if not is_opened(lead.opening, unmarked(answered[:at]), prompt):
+            raise self._mismatch(turn, answered)
+        return lead.text(reasoning_of(message).strip()), unmarked(answered[at:])
+
+    def _parts_of_first_call(self, turn: _Turn, answered: str) -> tuple[str, str]:
+        """As `_parts`, for content beside calls that the template leaves out behind earlier calls (DeepSeek-V3): as it writes
+        the message where nothing was called before. The calls must be the same in both, but for tags that open them."""
+        message, template = self._messages[turn.index], turn.template
+        question = template.as_taken({"role": "user", "content": USER})
+        [alone] = self._apply(template, [[question, template.as_taken(marked(message))]], [turn])
+        at, first, here = visible_at(alone), alone.find(CALL_MARK), answered.find(CALL_MARK)
+        before, text = unmarked(alone[max(at, 0) : first - 1]), text_of(message).strip()
+        if min(at, first, here) < 0 or not before.startswith(text):
+            raise self._not_rendered(turn, answered)
+        opening = before.removeprefix(text).lstrip()
+        is_same = alone[first - 1 :] == answered[here - 1 :]  # a mark stands behind the first character
+        if not (is_same and is_opened(opening, unmarked(answered[: here - 1]), turn.prompt)):
+            raise self._mismatch(turn, answered)
+        lead = self._lead(turn, answered).text(reasoning_of(message).strip())
+        return lead, unmarked(alone[at - _space_before(message, alone[:at]) :])
+
+    def _lead(self, turn: _Turn, answered: str) -> Lead:
+        """How a turn is led in that the template itself does not show."""
         try:
-            lead = template.lead(turn.kind)
-            if not (prompt.endswith(lead.prompt_end) and lead.opens(unmarked(answered[:at]), prompt)):
-                raise Mismatch
+            lead = turn.template.lead(turn.kind)
         except Mismatch as error:
-            raise self._error(turn.index, str(template.mismatch(prompt, answered))) from error
+            raise self._mismatch(turn, answered) from error
         except ConversationError as error:
             raise self._error(turn.index, str(error)) from error
-        return lead.text(reasoning_of(message).strip()), unmarked(answered[at:])
+        if not turn.prompt.endswith(lead.prompt_end):
+            raise self._mismatch(turn, answered)
+        return lead
+
+    def _mismatch(self, turn: _Turn, answered: str) -> ConversationError:
+        return self._error(turn.index, str(turn.template.mismatch(turn.prompt, answered)))
 
     def _is_usual(self, turn: _Turn, shown: tuple[str, str]) -> bool:
         """Whether a message is led in as any other: a template may write no prompt for a first message, or a second in a row."""
@@ -375,15 +413,17 @@ class _Renderer:
             [without] = self._rendered(turn.template, [context], None, True)
         except Exception:  # a template that cannot do without tools renders them
             return
-        for tool in self._tools:
-            name = tool["function"]["name"]
-            if turn.prompt.count(name) <= without.count(name):
-                other = turn.template.tool_arguments()
-                raise ConversationError(
-                    f"the chat template does not render the tool {name!r}; leave tools out, or pass "
-                    + (f"them as it takes them ({other}), or " if other else "")
-                    + "a chat_template=… that supports them (--chat_template_path on the command line)"
-                )
+        names = [tool["function"]["name"] for tool in self._tools]
+        unwritten = [name for name in names if turn.prompt.count(name) <= without.count(name)]
+        if unwritten and self._options.unwritten_tools == "drop":
+            self._counts["conversations with tools that the chat template does not write"] += 1
+        elif unwritten:
+            other = turn.template.tool_arguments()
+            raise ConversationError(
+                f"the chat template does not render the tool {unwritten[0]!r}; leave tools out (unwritten_tools='drop' does), "
+                + (f"pass them as it takes them ({other}), or " if other else "or ")
+                + "pass a chat_template=… that supports them (--chat_template_path on the command line)"
+            )
 
     def _check_context(self, turn: _Turn) -> None:
         """Every text before the last turn is in its prompt, as often as the messages hold it, and every call."""
@@ -394,8 +434,12 @@ class _Renderer:
             if missing:
                 raise self._error(i, f"{missing} in the prompt of {self._names[turn.index]}; {_TEMPLATE_WITH_TOOLS}")
             # Content beside calls is reasoning to some templates (gpt-oss), and goes as reasoning goes.
-            beside = message.get("tool_calls") and turn.template.writes_content_beside_calls
-            if not beside and "</think>" not in text_of(message):
+            if message.get("tool_calls") and turn.template.writes_content_beside_calls:
+                if not all(
+                    text in turn.prompt or _is_written_otherwise(text, turn.prompt) for text in _pieces(message)
+                ):
+                    self._counts["messages whose content beside calls later prompts do not hold"] += 1
+            elif "</think>" not in text_of(message):
                 pieces[i] = _pieces(message)
         for i, texts in pieces.items():
             for text in texts:
@@ -540,6 +584,13 @@ class _Renderer:
             weight = float(self._messages[turn.index].get("weight", 1.0))
             passes.append(Pass(np.array(prompt + completion, np.int64), loss_mask, weight, token_weight))
         return passes
+
+
+def _space_before(message: Mapping, written: str) -> int:
+    """How much of the space at the end of what is written before a content belongs to the content."""
+    text = text_of(message)
+    space = text[: len(text) - len(text.lstrip())]
+    return len(space) if written.endswith(space) else 0
 
 
 def _leaves(value) -> list[str]:

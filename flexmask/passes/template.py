@@ -62,18 +62,18 @@ class Lead:
         """The whole of it."""
         return self.before + reasoning + self.after + self.opening
 
-    def opens(self, written: str, prompt: str) -> bool:
-        """Whether what is written before the first visible piece ends with the opening, of which tags at the beginning may be
-        missing, with nothing in their place but the prompt: DeepSeek-V3 opens the list of calls once in a conversation, and
-        leaves that out from then on. Anything else that differs may be what only this conversation has (Cohere2MoE numbers
-        its calls)."""
-        expected = self.opening
-        while not written.endswith(expected):
-            tag = TAG.match(expected.lstrip())
-            if not tag:
-                return False
-            expected = expected.lstrip()[tag.end() :].lstrip()
-        return expected == self.opening or prompt.startswith(written.removesuffix(expected).rstrip())
+
+def is_opened(opening: str, written: str, prompt: str) -> bool:
+    """Whether what is written before a piece ends with its opening, of which tags at the beginning may be missing, with
+    nothing in their place but the prompt: DeepSeek-V3 opens the list of calls once in a conversation, and leaves that out
+    from then on. Anything else that differs may be what only this conversation has (Cohere2MoE numbers its calls)."""
+    expected = opening
+    while not written.endswith(expected):
+        tag = TAG.match(expected.lstrip())
+        if not tag:
+            return False
+        expected = expected.lstrip()[tag.end() :].lstrip()
+    return expected == opening or prompt.startswith(written.removesuffix(expected).rstrip())
 
 
 class Mismatch(ConversationError):
@@ -141,11 +141,16 @@ class Template(ChatTemplate):
         begin = self.opened(prompt)
         same = len(prompt) - len(begin) if begin else len(common_start(prompt, answered))
         stub = answered[same : max(visible_at(answered), 0)] if answered.startswith(prompt[:same]) else ""
-        written, rest = after_reasoning(answered, message), prompt[same:]
+        written, rest = after_reasoning(answered, message), "" if begin else prompt[same:]
         if begin and written is not None:
             return Lead("", *self.split_thought(written), prompt)
-        if written is not None or (rest.strip() and kind.reasoning and not begin):
+        closed = self._is_closed(rest, stub)
+        if written is not None or (kind.reasoning and closed):
             raise self.mismatch(prompt, answered)
+        if rest.strip() and not closed:
+            # History writes the message in another way (DeepSeek-V3 runs the calls of a loop together). A model begins its
+            # turn as it does after a user.
+            stub = self._stub_after_user(replace(kind, reasoning=False), prompt, answered)
         empty, opening = self.split_thought(stub.removeprefix(begin))
         if self._format and (kind.reasoning or begin):
             before, after = self._format.split("{reasoning}")
@@ -153,10 +158,6 @@ class Template(ChatTemplate):
             return Lead(before, after, _joined(after, opening), prompt)
         if begin:
             return Lead("", *self._end_of_thought(kind, begin, empty, opening), prompt)
-        if rest.strip() and not self._is_closed(rest, stub):
-            # History writes the message in another way (DeepSeek-V3 runs the calls of a loop together). A model begins its
-            # turn as it does after a user.
-            return Lead("", "", self._stub_after_user(kind, prompt, answered), prompt)
         if not kind.reasoning:
             if self.thinks(rest):  # a thought that the prompt has ended is not ended again
                 opening = empty[len(empty.rstrip()) :] + opening
@@ -339,11 +340,12 @@ class Template(ChatTemplate):
     def mismatch(self, prompt: str, answered: str) -> Mismatch:
         """The error for a prompt and an answer that do not agree."""
         answered = unmarked(answered)
-        same = len(common_start(prompt, answered))
+        same, arguments = len(common_start(prompt, answered)), self.thinking_arguments()
         return Mismatch(
             "the chat template renders it in a way that does not continue its own prompt: the prompt goes on "
-            f"{prompt[same:][:80]!r} where the answer has {answered[same:][:80]!r}; pass template arguments "
-            f"({self.thinking_arguments()}) or a chat_template=… with which both agree"
+            f"{prompt[same:][:80]!r} where the answer has {answered[same:][:80]!r}; pass "
+            + (f"template arguments ({arguments}) or " if arguments else "")
+            + "a chat_template=… with which both agree"
         )
 
     @functools.cached_property

@@ -337,12 +337,28 @@ def test_a_prompt_that_only_this_conversation_has():
         turns(template, messages)
 
 
-def test_a_mismatch_names_only_arguments_that_the_template_reads():
+def test_what_a_mismatch_proposes():
+    """Only arguments that the template reads; a format of thoughts where its prompt may begin one (Apriel 1.6)."""
     template = OPENS_CALLS_ONCE.replace("FIRST", "<calls>1. ").replace("LATER", "2. ")
-    with pytest.raises(
-        ConversationError, match=r"where the answer has '.*; pass a chat_template=… with which both agree"
+    begins = "{% if add_generation_prompt %}My steps:\n{% endif %}"
+    messages = [user("Q"), call(1, 2), RESULT, call(3, 3)]
+    for source, conversation, ways in (
+        (template, messages, r"reasoning_format=… \(if that begins a thought\) or a chat_template"),
+        (
+            CHATML + "{% if thinking %}{% endif %}" + begins,
+            [user("Q"), answer("A")],
+            r"template arguments \(thinking=…\) or reaso",
+        ),
+        (
+            CHATML + begins.replace("My steps:", "</think>"),
+            [user("Q"), answer("A", "R")],
+            "a chat_template=… with which both",
+        ),
     ):
-        turns(template, [user("Q"), call(1, 2), RESULT, call(3, 3)])
+        with pytest.raises(ConversationError, match=rf"where the answer has '.*'; pass {ways}"):
+            turns(source, conversation)
+    told = completions(CHATML + begins, [user("Q"), answer("A", "R")], reasoning_format="My steps:\n{reasoning}\nSo: ")
+    assert told == ["R\nSo: A<|im_end|>"]
 
 
 def test_tools_that_the_template_does_not_write():

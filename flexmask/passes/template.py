@@ -341,10 +341,13 @@ class Template(ChatTemplate):
         """The error for a prompt and an answer that do not agree."""
         answered = unmarked(answered)
         same, arguments = len(common_start(prompt, answered)), self.thinking_arguments()
+        rest = prompt[same:]
+        may_begin_a_thought = rest.strip() and not (self._format or self.opened(prompt) or self.thinks(rest))
         return Mismatch(
             "the chat template renders it in a way that does not continue its own prompt: the prompt goes on "
-            f"{prompt[same:][:80]!r} where the answer has {answered[same:][:80]!r}; pass "
+            f"{rest[:80]!r} where the answer has {answered[same:][:80]!r}; pass "
             + (f"template arguments ({arguments}) or " if arguments else "")
+            + ("reasoning_format=… (if that begins a thought) or " if may_begin_a_thought else "")
             + "a chat_template=… with which both agree"
         )
 

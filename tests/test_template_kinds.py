@@ -60,6 +60,17 @@ def test_a_prompt_that_opens_a_thought_and_a_history_that_has_only_its_end(shows
     assert found[1][0] == "<u>Q<a></think>A<|im_end|><u>Q2<a><think>"
 
 
+def test_space_that_a_content_begins_with_is_trained_where_the_template_writes_it():
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% else %}<a></think>{{ m.content }}<|im_end|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<a><think>{% endif %}"
+    )
+    assert completions(template, [user("Q"), answer("  A")]) == ["</think>  A<|im_end|>"]
+    assert completions(
+        template.replace("</think>{{ m.content }}", "</think>{{ m.content | trim }}"), [user("Q"), answer("  A")]
+    ) == ["</think>A<|im_end|>"]
+
+
 def test_an_answer_is_never_inside_an_open_thought():
     """Nemotron-Nano-v2: the last answer repeats the tag that the prompt opened."""
     template = (
@@ -254,6 +265,7 @@ def test_a_call_that_history_writes_without_its_first_tag(first, later, after):
         ("<call_{{ ns.calls }}><name>", "<call_{{ ns.calls }}><name>"),
         ("<calls><c>", "<more><c>"),
         ("<calls>1. ", "2. "),
+        ("<c>", "{{ ns.calls }}. <c>"),
     ],
 )
 def test_an_opening_that_only_this_conversation_has(first, later, after):
@@ -265,7 +277,7 @@ def test_an_opening_that_only_this_conversation_has(first, later, after):
 
 # Leaves out the content beside all calls but the first, too.
 DROPS_LATER_CONTENT = OPENS_CALLS_ONCE.replace("<a>FIRST", "<a>{{ m.content }}FIRST")
-BESIDE = "messages whose content beside calls later prompts do not hold"
+BESIDE = "messages with content beside calls that later prompts leave out"
 
 
 def beside(content, a, b):
@@ -299,12 +311,69 @@ def test_content_beside_calls_that_stays_in_history_is_not_counted():
         ("<c>{{ ns.calls }} ", "<c>{{ ns.calls }} "),
         ("<calls><c>", "<more><c>"),
         ("<calls><c>", "{{ m.tool_calls[0].function.name }}!<c>"),
+        ("<c>", "{{ ns.calls }}. <c>"),
+        ("\n", "{{ ns.calls }}. "),
     ],
 )
 def test_content_left_out_beside_a_call_that_is_written_in_another_way(first, later):
     template = DROPS_LATER_CONTENT.replace("FIRST", first).replace("LATER", later)
-    with pytest.raises(ConversationError, match=r"message 3 \(assistant\): .* does not continue its own prompt"):
+    with pytest.raises(
+        ConversationError, match=r"message 3 \(assistant\): .*its content as it is beside its calls; leave it"
+    ):
         turns(template, [user("Q"), beside("First.", 1, 2), RESULT, beside("Then.", 3, 3)])
+
+
+def test_a_number_before_content_that_later_calls_leave_out():
+    template = DROPS_LATER_CONTENT.replace("<a>{{ m.content }}", "<a>{{ ns.calls }}: {{ m.content }}")
+    template = template.replace("FIRST", "<c>").replace("LATER", "{{ ns.calls }}: <c>")
+    with pytest.raises(ConversationError, match=r"message 3 \(assistant\): .*its content as it is beside its calls"):
+        turns(template, [user("Q"), beside("First.", 1, 2), RESULT, beside("Then.", 3, 3)])
+
+
+# Continues its own prompt, and leaves out the content beside later calls.
+CONTINUES = (
+    "{% set ns = namespace(calls=0) %}{% for m in messages %}{% if m.role != 'assistant' %}<{{ m.role }}>{{ m.content }}"
+    "<|im_end|>{% else %}<a>{% if m.tool_calls %}{% if not ns.calls %}CONTENT{% endif %}OPENING"
+    "{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}{% set ns.calls = ns.calls + 1 %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("prompt, thought", [("<a>", ""), ("<a><think>", "</think>")])
+@pytest.mark.parametrize("opening", ["<c>", "{{ '\\n' }}<c>", "[", ""])
+@pytest.mark.parametrize("around", ["{}", "<plan>{}</plan>"])
+def test_content_left_out_by_a_template_that_continues_its_prompt(around, opening, prompt, thought):
+    """The bug guarded: the opening of the call stood before the content, too."""
+    template = CONTINUES.replace("CONTENT", around.format("{{ m.content }}")).replace("OPENING", opening)
+    template = template.replace("%}<a>{% endif %}", f"%}}{prompt}{{% endif %}}").replace(
+        "<a>{% if", f"<a>{thought}{{% if"
+    )
+    for after in (IN_A_LOOP, [RESULT, answer("6", train=False), user("More?")]):
+        messages = [user("Q"), beside("First.", 1, 2), *after, beside("Then.", 3, 3)]
+        written = [thought + around.format(text) + opening.replace("{{ '\\n' }}", "\n") for text in ("First.", "Then.")]
+        assert completions(template, messages) == [
+            f'{text}add{{"a": {a}, "b": {b}}}<|im_end|>' for text, (a, b) in zip(written, ((1, 2), (3, 3)))
+        ]
+
+
+def test_content_left_out_where_a_first_call_does_not_continue_its_prompt():
+    template = CONTINUES.replace("CONTENT", "{{ m.content }}").replace("OPENING", "<c>")
+    template = template.replace("<a>{% if m.", "{% if ns.calls or not m.tool_calls %}<a>{% endif %}{% if m.")
+    messages = [user("Q"), beside("First.", 1, 2) | {"train": False}, RESULT, beside("Then.", 3, 3)]
+    with pytest.raises(ConversationError, match=r"message 3 \(assistant\): .*its content as it is beside its calls"):
+        turns(template, messages)
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_content_left_out_by_a_template_that_looks_at_its_first_message(role):
+    """Where the message would be the first call, the conversation begins as it does."""
+    mark = "{{ '<x>' if messages[0].role in ('system', 'developer') else raise_exception('no system') }}{{ m.content }}"
+    template = CONTINUES.replace("CONTENT", mark).replace("OPENING", "<c>")
+    messages = [{"role": role, "content": "S"}, user("Q"), beside("First.", 1, 2), RESULT, beside("Then.", 3, 3)]
+    with pytest.raises(ConversationError, match=r"message 4 \(assistant\): .*cannot render a short conversation"):
+        turns(template.replace("raise_exception('no system')", "1 / 0"), messages)
+    template = template.replace("raise_exception('no system')", "''")
+    assert completions(template, messages)[1] == '<x>Then.<c>add{"a": 3, "b": 3}<|im_end|>'
 
 
 def test_content_that_a_template_never_writes_beside_calls():
@@ -313,17 +382,59 @@ def test_content_that_a_template_never_writes_beside_calls():
         turns(template, [user("Q"), beside("First.", 1, 2), RESULT, beside("Then.", 3, 3)])
 
 
+SAID = "<think>{reasoning}</think>\n\n"
+
+
 def test_a_thought_before_a_later_call():
     """DeepSeek-V3 drops it and opens no thought in the prompt behind a tool's answer, so how it is written must be said."""
     template = OPENS_CALLS_ONCE.replace("FIRST", "<calls><c>").replace("LATER", "<c>")
+    asks = template[template.index("{% if add_generation_prompt %}") :]
+    ends = "{% if messages[-1].role == 'tool' %}</out>{% elif add_generation_prompt %}<a>{% endif %}"
     messages = [user("Q"), call(1, 2), RESULT, call(3, 3, "And now.")]
     with pytest.raises(
         ConversationError, match=r"message 3 \(assistant\): .*drops its reasoning.*pass reasoning_format=…"
     ):
-        turns(template, messages)
-    assert completions(template, messages, reasoning_format="<think>{reasoning}</think>\n\n")[1] == (
+        turns(template.replace(asks, ends), messages)
+    assert completions(template.replace(asks, ends), messages, reasoning_format=SAID)[1] == (
         '<think>And now.</think>\n\n<calls><c>add{"a": 3, "b": 3}<|im_end|>'
     )
+    for piece in ("<ponder>", "</out>Reflect: "):  # of the prompt alone, and may begin a thought
+        with pytest.raises(ConversationError, match=r"message 3 \(assistant\): .*does not continue its own prompt"):
+            turns(template.replace("'</out>'", f"'{piece}'"), messages, reasoning_format=SAID)
+
+
+def test_a_call_behind_a_tool_whose_prompt_opens_a_thought():
+    """The bug guarded: what opens the call was lost, where history writes it in another way."""
+    template = OPENS_CALLS_ONCE.replace("FIRST", "<c>").replace("LATER", "<c>").replace("'</out>'", "'</out><think>\n'")
+    messages = [user("Q"), call(1, 2), RESULT, call(3, 3)]
+    assert completions(template, messages)[1] == '\n</think>\n\n<c>add{"a": 3, "b": 3}<|im_end|>'
+    messages[-1] = call(3, 3, "R")
+    found = completions(template, messages, reasoning_format="<think>\n{reasoning}\n</think>\n\n")
+    assert found[1] == 'R\n</think>\n\n<c>add{"a": 3, "b": 3}<|im_end|>'
+
+
+def test_reasoning_that_a_template_writes_behind_the_call():
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.reasoning_content }}")
+    with pytest.raises(ConversationError, match=r"message 1 \(assistant\): .* writes its reasoning behind its content"):
+        turns(template, [user("Q"), answer("A", "R")], reasoning_format=SAID)
+
+
+@pytest.mark.parametrize("said", ["My steps:\n{reasoning}\nSo: ", "<reflect>{reasoning}</reflect>"])
+def test_the_end_of_a_thought_that_is_said_is_one(said):
+    """The bug guarded: reasoning_weight and empty_reasoning knew only </think> and the ends that a template shows."""
+    before = said.partition("{reasoning}")[0]
+    template = CHATML + f"{{% if add_generation_prompt %}}{before}{{% endif %}}"
+    tok = copy.deepcopy(tokenizer("qwen3"))
+    tok.chat_template = template
+    [p] = render_passes([user("Q"), answer("A", "R")], tok, reasoning_format=said, reasoning_weight=0)
+    trained = p.loss_mask & (np.array(p.token_weight) > 0)
+    assert tok.decode(p.input_ids[trained]).strip() == "A<|im_end|>"
+    messages, counts = [user("Q"), answer("A", "R"), user("Q2"), answer("B")], Counter()
+    turns(template, messages, reasoning_format=said, counts=counts)
+    assert counts["empty thoughts trained"] == 1
+    assert len(turns(template, messages, reasoning_format=said, empty_reasoning="drop")) == 1
+    with pytest.raises(ConversationError, match=r"message 3 .*would train an empty thought"):
+        turns(template, messages, reasoning_format=said, empty_reasoning="error")
 
 
 def test_a_prompt_that_only_this_conversation_has():
@@ -335,6 +446,23 @@ def test_a_prompt_that_only_this_conversation_has():
     messages = [user("Q"), answer("A", train=False), user("Q2"), answer("B")]
     with pytest.raises(ConversationError, match=r"message 3 \(assistant\): .* does not continue its own prompt"):
         turns(template, messages)
+    assert completions(template, messages[2:]) == ["</think>B<|im_end|>"]
+
+
+@pytest.mark.parametrize("prompt, thought", [("<a>", ""), ("<a><think>", "</think>")])
+def test_a_context_that_is_written_otherwise_once_an_answer_follows(prompt, thought):
+    """Mistral puts the system message into the last question."""
+    template = (
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}<u>{% if loop.last and messages[0].role == "
+        "'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}{% else %}<a>{{ m.content }}<|im_end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}PROMPT{% endif %}"
+    )
+    messages = [{"role": "system", "content": "S"}, user("Q"), answer("A"), user("Q2"), answer("B")]
+    found = turns(template.replace("PROMPT", prompt), messages)
+    assert found == [
+        (f"<u>S Q{prompt}", f"{thought}A<|im_end|>"),
+        (f"<u>Q<a>A<|im_end|><u>S Q2{prompt}", f"{thought}B<|im_end|>"),
+    ]
 
 
 def test_what_a_mismatch_proposes():
@@ -354,6 +482,7 @@ def test_what_a_mismatch_proposes():
             [user("Q"), answer("A", "R")],
             "a chat_template=… with which both",
         ),
+        (CHATML + begins.replace("My", "<|im_end|>"), [user("Q"), answer("A")], "a chat_template=… with which both"),
     ):
         with pytest.raises(ConversationError, match=rf"where the answer has '.*'; pass {ways}"):
             turns(source, conversation)
@@ -365,7 +494,7 @@ def test_tools_that_the_template_does_not_write():
     """They are dropped where that is asked for, as at inference with this template; and counted."""
     messages, counts = [user("Please add 2 and 2"), answer("4")], Counter()
     with pytest.raises(
-        ConversationError, match=r"does not render the tool 'add'; leave tools out \(unwritten_tools='drop'"
+        ConversationError, match=r"does not render the tool 'add'; leave tools out \(or pass unwritten_tools='drop'\)"
     ):
         turns(CHATML, messages, tools=TOOLS)
     assert turns(CHATML, messages, tools=TOOLS, unwritten_tools="drop", counts=counts) == turns(CHATML, messages)

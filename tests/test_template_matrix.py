@@ -294,7 +294,7 @@ def test_a_log_of_which_the_template_leaves_out_a_part():
     ):
         render_passes(messages, tok, tools=tools, **without)
     with pytest.raises(
-        ConversationError, match=r"the tool 'order_status'; leave tools out \(unwritten_tools='drop' does\)"
+        ConversationError, match=r"the tool 'order_status'; leave tools out \(or pass unwritten_tools='drop'\)"
     ):
         render_passes(messages, tok, tools=tools, reasoning_format=options["reasoning_format"])
 

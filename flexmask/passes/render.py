@@ -11,11 +11,12 @@ template does show, and what comes before it from short conversations in which i
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from transformers.utils import get_json_schema
@@ -40,6 +41,7 @@ from ..messages import (
 from .probes import (
     CALL_MARK,
     CONTENT_MARK,
+    REASONING_MARK,
     USER,
     Kind,
     marked,
@@ -49,7 +51,7 @@ from .probes import (
     with_marks_in_calls,
     without_numbered_marks,
 )
-from .template import Lead, Mismatch, Template, is_opened, template_of
+from .template import Lead, Mismatch, Template, template_of
 
 TRAIN_ON = ("all", "last")
 EMPTY_REASONING = ("prompt", "keep", "drop", "error")
@@ -108,7 +110,7 @@ def render_passes(
             thought stands in the prompt; where the template has no such switch, the empty thought is trained. "keep": it
             is trained. "drop": the message is context only. "error".
         unwritten_tools: what becomes of a conversation with tools that the template leaves out. "error", or "drop": it is
-            trained as the model would see it with this template, which is without them.
+            trained as the model would see it with this template, without them.
         reasoning_weight: of what comes before the visible part of a message, with its tags; 0 trains answers only. The
             message's own one wins.
         counts: is told how many empty thoughts were trained, stand in prompts, or were dropped, what the template leaves
@@ -284,7 +286,7 @@ class _Renderer:
             if turn.index in written:
                 turn.lead, visible = "", self._continued(turn, written[turn.index])
             elif turn.kind.content and turn.kind.calls and CONTENT_MARK not in answered:
-                turn.lead, visible = self._parts_of_first_call(turn, answered)
+                turn.lead, visible = self._parts_with_content(turn, answered)
             else:
                 turn.lead, visible = self._parts(turn, answered)
             # A content may end with a token that ends turns, and the template write none behind it.
@@ -331,28 +333,46 @@ class _Renderer:
             return unmarked(answered[len(prompt) :]), ""
         if at < 0:
             raise self._not_rendered(turn, answered)
-        at -= _space_before(message, answered[:at])
+        if REASONING_MARK in answered[at:]:
+            raise self._error(
+                turn.index,
+                "the chat template writes its reasoning behind its content or its call; pass a chat_template=… that writes "
+                "it before them",
+            )
+        text = text_of(message)
+        space = text[: len(text) - len(text.lstrip())]  # which belongs to the content, where the template leaves it
+        at -= len(space) if answered[:at].endswith(space) else 0
         lead = self._lead(turn, answered)
-        if not is_opened(lead.opening, unmarked(answered[:at]), prompt):
+        if not template.opens(lead.opening, unmarked(answered[:at]), prompt):
             raise self._mismatch(turn, answered)
         return lead.text(reasoning_of(message).strip()), unmarked(answered[at:])
 
-    def _parts_of_first_call(self, turn: _Turn, answered: str) -> tuple[str, str]:
+    def _parts_with_content(self, turn: _Turn, answered: str) -> tuple[str, str]:
         """As `_parts`, for content beside calls that the template leaves out behind earlier calls (DeepSeek-V3): as it writes
-        the message where nothing was called before. The calls must be the same in both, but for tags that open them."""
+        the message where nothing was called before. But for the content, and for tags that may be missing, both must agree."""
         message, template = self._messages[turn.index], turn.template
-        question = template.as_taken({"role": "user", "content": USER})
-        [alone] = self._apply(template, [[question, template.as_taken(marked(message))]], [turn])
-        at, first, here = visible_at(alone), alone.find(CALL_MARK), answered.find(CALL_MARK)
-        before, text = unmarked(alone[max(at, 0) : first - 1]), text_of(message).strip()
-        if min(at, first, here) < 0 or not before.startswith(text):
+        leading = itertools.takewhile(lambda m: m["role"] in ("system", "developer"), self._messages)
+        short = [template.as_taken(m) for m in (*leading, {"role": "user", "content": USER})]
+        try:
+            [prompt] = self._rendered(template, [short], self._tools, True)
+            [alone] = self._rendered(template, [[*short, template.as_taken(marked(message))]], self._tools, False)
+        except Exception as error:  # the template wants more of a conversation
+            raise self._not_rendered(turn, answered) from error
+        header = prompt.removesuffix(template.opened(prompt))
+        # A mark stands behind the first character.
+        at, call_alone, call = visible_at(alone), alone.find(CALL_MARK) - 1, answered.find(CALL_MARK) - 1
+        if min(at, call_alone, call) < 0 or not alone.startswith(header):
             raise self._not_rendered(turn, answered)
-        opening = before.removeprefix(text).lstrip()
-        is_same = alone[first - 1 :] == answered[here - 1 :]  # a mark stands behind the first character
-        if not (is_same and is_opened(opening, unmarked(answered[: here - 1]), turn.prompt)):
-            raise self._mismatch(turn, answered)
-        lead = self._lead(turn, answered).text(reasoning_of(message).strip())
-        return lead, unmarked(alone[at - _space_before(message, alone[:at]) :])
+        content, before_call = text_of(message).strip(), unmarked(alone[at:call_alone])
+        thought, opening = template.split_thought(unmarked(alone[len(header) : at]))
+        without_content = (opening + before_call.removeprefix(content).lstrip()).lstrip()
+        agree = before_call.startswith(content) and alone[call_alone:] == answered[call:]
+        if not (agree and template.opens(without_content, unmarked(answered[:call]), turn.prompt)):
+            raise self._not_rendered(turn, answered)
+        lead = replace(self._lead(turn, answered), opening="").text(reasoning_of(message).strip())
+        if thought and template.thinks(lead):  # the space behind it may be that before the call
+            lead = lead.rstrip() + thought[len(thought.rstrip()) :]
+        return lead + opening, unmarked(alone[at:])
 
     def _lead(self, turn: _Turn, answered: str) -> Lead:
         """How a turn is led in that the template itself does not show."""
@@ -420,7 +440,7 @@ class _Renderer:
         elif unwritten:
             other = turn.template.tool_arguments()
             raise ConversationError(
-                f"the chat template does not render the tool {unwritten[0]!r}; leave tools out (unwritten_tools='drop' does), "
+                f"the chat template does not render the tool {unwritten[0]!r}; leave tools out (or pass unwritten_tools='drop'), "
                 + (f"pass them as it takes them ({other}), or " if other else "or ")
                 + "pass a chat_template=… that supports them (--chat_template_path on the command line)"
             )
@@ -438,7 +458,7 @@ class _Renderer:
                 if not all(
                     text in turn.prompt or _is_written_otherwise(text, turn.prompt) for text in _pieces(message)
                 ):
-                    self._counts["messages whose content beside calls later prompts do not hold"] += 1
+                    self._counts["messages with content beside calls that later prompts leave out"] += 1
             elif "</think>" not in text_of(message):
                 pieces[i] = _pieces(message)
         for i, texts in pieces.items():
@@ -540,8 +560,9 @@ class _Renderer:
         text = text_of(message)
         return self._error(
             turn.index,
-            f"the chat template does not render its content as it is; content starts {text[:60]!r}, rendered as "
-            f"{unmarked(rendered)[-80:]!r}",
+            "the chat template does not render its content as it is"
+            + (" beside its calls; leave it out, or move it to a message of its own" if turn.kind.calls else "")
+            + f"; content starts {text[:60]!r}, rendered as {unmarked(rendered)[-80:]!r}",
         )
 
     def _count(self, turns: Sequence[_Turn]) -> None:
@@ -584,13 +605,6 @@ class _Renderer:
             weight = float(self._messages[turn.index].get("weight", 1.0))
             passes.append(Pass(np.array(prompt + completion, np.int64), loss_mask, weight, token_weight))
         return passes
-
-
-def _space_before(message: Mapping, written: str) -> int:
-    """How much of the space at the end of what is written before a content belongs to the content."""
-    text = text_of(message)
-    space = text[: len(text) - len(text.lstrip())]
-    return len(space) if written.endswith(space) else 0
 
 
 def _leaves(value) -> list[str]:

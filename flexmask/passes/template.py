@@ -63,19 +63,6 @@ class Lead:
         return self.before + reasoning + self.after + self.opening
 
 
-def is_opened(opening: str, written: str, prompt: str) -> bool:
-    """Whether what is written before a piece ends with its opening, of which tags at the beginning may be missing, with
-    nothing in their place but the prompt: DeepSeek-V3 opens the list of calls once in a conversation, and leaves that out
-    from then on. Anything else that differs may be what only this conversation has (Cohere2MoE numbers its calls)."""
-    expected = opening
-    while not written.endswith(expected):
-        tag = TAG.match(expected.lstrip())
-        if not tag:
-            return False
-        expected = expected.lstrip()[tag.end() :].lstrip()
-    return expected == opening or prompt.startswith(written.removesuffix(expected).rstrip())
-
-
 class Mismatch(ConversationError):
     """A template renders an answer in a way that does not continue its own prompt."""
 
@@ -119,6 +106,21 @@ class Template(ChatTemplate):
         error, text = found
         raise error(text)
 
+    def opens(self, opening: str, written: str, prompt: str) -> bool:
+        """Whether what is written before a piece ends with its opening, and before that as the prompt does, or as one after a
+        user, but for a thought and for space. Tags at the beginning of the opening may be missing: DeepSeek-V3 opens the list
+        of calls once in a conversation, and leaves that out from then on. Anything else that differs may be what only this
+        conversation has (Cohere2MoE numbers its calls)."""
+        while not written.endswith(opening):
+            tag = TAG.match(opening.lstrip())
+            if not tag:
+                return False
+            opening = opening.lstrip()[tag.end() :].lstrip()
+        rest = written.removesuffix(opening)
+        _, beyond = self.split_thought(rest[len(common_start(prompt, rest)) :])
+        ends = (prompt.removesuffix(self.opened(prompt)), self._asked_after_user or "")
+        return any("".join(end.split()).endswith("".join(beyond.split())) for end in ends)
+
     def _find_lead(self, kind: Kind) -> Lead:
         prompt, answered, message = self._probe_ends(kind)
         found = self._shown(prompt, answered, message) or self._composed(kind, prompt, answered, message)
@@ -138,18 +140,21 @@ class Template(ChatTemplate):
 
     def _composed(self, kind: Kind, prompt: str, answered: str, message: Mapping) -> Lead:
         """The thought and the opening of the visible piece, each from where the template shows it."""
-        begin = self.opened(prompt)
-        same = len(prompt) - len(begin) if begin else len(common_start(prompt, answered))
-        stub = answered[same : max(visible_at(answered), 0)] if answered.startswith(prompt[:same]) else ""
-        written, rest = after_reasoning(answered, message), "" if begin else prompt[same:]
+        begin, written = self.opened(prompt), after_reasoning(answered, message)
         if begin and written is not None:
             return Lead("", *self.split_thought(written), prompt)
+        header = prompt.removesuffix(begin)
+        same = len(header) if begin and kind.follows == "user" else len(common_start(header, answered))
+        rest = header[same:]
+        stub = answered[same : max(visible_at(answered), 0)] if answered.startswith(header[:same]) else ""
         closed = self._is_closed(rest, stub)
         if written is not None or (kind.reasoning and closed):
             raise self.mismatch(prompt, answered)
         if rest.strip() and not closed:
             # History writes the message in another way (DeepSeek-V3 runs the calls of a loop together). A model begins its
             # turn as it does after a user.
+            if kind.reasoning and not begin and self._asked(kind.follows) not in ("", self._asked_after_user):
+                raise self.mismatch(prompt, answered)  # a piece of the prompt that may begin a thought
             stub = self._stub_after_user(replace(kind, reasoning=False), prompt, answered)
         empty, opening = self.split_thought(stub.removeprefix(begin))
         if self._format and (kind.reasoning or begin):
@@ -197,6 +202,20 @@ class Template(ChatTemplate):
                 'mark this one "train": false'
             )
         return prompt, answered, message
+
+    @functools.cached_property
+    def _asked_after_user(self) -> str | None:
+        return self._asked("user")
+
+    def _asked(self, follows: str) -> str | None:
+        """What a generation prompt adds to a context, but for a thought that it begins; None if it does not only add."""
+        context, _ = probe(Kind(follows, False, True, False))
+        for with_tools in (True, False):
+            closed = self._probed(context, with_tools=with_tools)
+            prompt = self._probed(context, generate=True, with_tools=with_tools)
+            if closed is not None and prompt is not None and prompt.startswith(closed):
+                return prompt[len(closed) :].removesuffix(self.opened(prompt))
+        return None
 
     def _stub_after_user(self, kind: Kind, prompt: str, answered: str) -> str:
         """What stands before the first visible piece of a message that follows a user, without what the prompt begins."""
@@ -287,7 +306,9 @@ class Template(ChatTemplate):
 
     @functools.cached_property
     def _ends(self) -> list[str]:
-        return [*dict.fromkeys([*(end for _, end in self.thoughts), "</think>", "[/THINK]"])]
+        said = (self._format or "").partition("{reasoning}")[2].strip()
+        ends = [*(end for _, end in self.thoughts), "</think>", "[/THINK]", said]
+        return [*dict.fromkeys(filter(None, ends))]
 
     def _renderings_with_reasoning(self, kind: Kind) -> list[tuple[str, str]]:
         """A message of this kind with all ways of switching thinking on, where its reasoning is shown; and what follows it."""
@@ -342,7 +363,9 @@ class Template(ChatTemplate):
         answered = unmarked(answered)
         same, arguments = len(common_start(prompt, answered)), self.thinking_arguments()
         rest = prompt[same:]
-        may_begin_a_thought = rest.strip() and not (self._format or self.opened(prompt) or self.thinks(rest))
+        may_begin_a_thought = rest.strip() and not (
+            self._format or self.opened(prompt) or self.thinks(rest) or any(end in rest for end in self.closing_tokens)
+        )
         return Mismatch(
             "the chat template renders it in a way that does not continue its own prompt: the prompt goes on "
             f"{rest[:80]!r} where the answer has {answered[same:][:80]!r}; pass "

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.weak import WeakIdKeyDictionary
@@ -323,11 +324,21 @@ def mask_mod(
     def tree_mask(b, h, q_idx, kv_idx):
         return (kv_idx <= q_idx) & (q_idx < subtree_end[b, kv_idx])
 
-    def windowed_tree_mask(b, h, q_idx, kv_idx):
-        near = position_ids[b, q_idx] - position_ids[b, kv_idx] < sliding_window
-        return tree_mask(b, h, q_idx, kv_idx) & near
+    if sliding_window is None:
+        return tree_mask
+    # A tensor, since FlashAttention 4 takes no number that varies, as a model's second window does.
+    too_far = once_per_forward(_before_windows, subtree_end, position_ids=position_ids, sliding_window=sliding_window)
 
-    return tree_mask if sliding_window is None else windowed_tree_mask
+    def windowed_tree_mask(b, h, q_idx, kv_idx):
+        return tree_mask(b, h, q_idx, kv_idx) & (position_ids[b, kv_idx] > too_far[b, q_idx])
+
+    return windowed_tree_mask
+
+
+def _before_windows(subtree_end: Tensor, *, position_ids: Tensor, sliding_window: int) -> Tensor:
+    """The last position before the window of each query: (batch, L up to whole blocks), because FlashAttention 4 may ask for
+    the queries of a block that lie behind the end."""
+    return F.pad(position_ids - sliding_window, (0, -position_ids.shape[1] % BLOCK_SIZE))
 
 
 def score_mod(

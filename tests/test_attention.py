@@ -283,6 +283,8 @@ def test_flex_with_flash_kernels_is_asked_for_only_where_it_is_allowed(monkeypat
     refused("torch.bfloat16 on cpu, only 16 bits on cuda", [x.as_subclass(torch.Tensor) for x in inputs()])
     refused("a head size of 136, only up to 128", inputs(136))
     refused("a head size of 100, only multiples of 8", inputs(100))
+    refused("a head size of 8, only from 16", inputs(8))
+    refused("a row of one token", [x[:, :, :1] for x in inputs()])
     refused("values of size 128 beside keys of size 64", inputs(64, 128))
     refused("queries of a part of the row", inputs(queries=128))
     refused("sinks, .*", inputs(), sinks=torch.zeros(2))

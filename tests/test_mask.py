@@ -137,6 +137,14 @@ def test_mask_mod_is_the_definition(seed, length, window):
     assert torch.equal(score_mod(subtree_end=ends)(score, b, h, q, k).isinf(), ~random_row(seed, length)[2][None, None])
 
 
+def test_a_windowed_mask_can_be_asked_for_all_queries_of_a_block():
+    """The bug guarded: FlashAttention 4 reads captured tensors for the queries of a block behind the end of the row, too."""
+    ends, positions, _ = random_row(0, 300)
+    mask = mask_mod(ends, position_ids=positions, sliding_window=7)
+    queries, nothing = torch.arange(384), torch.tensor(0)
+    assert not mask(nothing, nothing, queries, torch.tensor(0))[300:].any()
+
+
 @pytest.mark.parametrize("window", [None, 100])
 def test_queries_of_the_last_blocks_alone(window):
     """The last lines of the whole mask, in the lists, in their transpose and in what is asked inside tiles."""

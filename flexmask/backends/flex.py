@@ -63,7 +63,7 @@ def attention(
     return (out * torch.sigmoid(aux.lse - sinks[None, :, None].float()).unsqueeze(-1)).to(out.dtype)
 
 
-MAX_FLASH_HEAD_DIM = 128
+MIN_FLASH_HEAD_DIM, MAX_FLASH_HEAD_DIM = 16, 128
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor, **arguments) -> Tensor:
@@ -86,7 +86,9 @@ def _without_flash(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | No
     for reason, holds in (
         (f"compute capability {major}.{minor}, only 9.0", major != 9),  # 10.0 wants blocks of 256 queries
         (f"a head size of {size}, only up to {MAX_FLASH_HEAD_DIM}", size > MAX_FLASH_HEAD_DIM),
+        (f"a head size of {size}, only from {MIN_FLASH_HEAD_DIM}", size < MIN_FLASH_HEAD_DIM),
         (f"a head size of {size}, only multiples of 8", size % 8 != 0),
+        ("a row of one token", key.shape[2] == 1),
         (f"values of size {value_size} beside keys of size {size}", value_size != size),
         ("sinks, whose gradient goes through the log-sum-exp", sinks is not None),
         ("queries of a part of the row", query.shape[2] != key.shape[2]),
@@ -95,7 +97,7 @@ def _without_flash(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | No
         if holds:
             return reason
     if not _has_flash():
-        return "without PyTorch 2.13 or newer and the package flash-attn-4 (pip install flash-attn-4)"
+        return "without PyTorch 2.13 or newer and the package flash-attn-4 (pip install --pre flash-attn-4)"
     return None
 
 

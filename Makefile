@@ -24,6 +24,7 @@ test: $(VENV)/.installed  ## the whole test suite
 kernels-check: $(VENV)/.installed  ## compile every kernel configuration ahead of time, for GPUs that need not be here
 	$(BIN)/python -m flexmask_kernels.check
 	$(BIN)/python tests/fla_ahead.py
+	$(BIN)/python tests/flash_ahead.py
 
 # On a machine with a GPU, its own Python and no network: nothing is installed. Most of the time goes into compiling.
 GPU_WORKERS ?= 15

@@ -67,8 +67,9 @@ MIN_FLASH_HEAD_DIM, MAX_FLASH_HEAD_DIM = 16, 128
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor, **arguments) -> Tensor:
-    """`attention` by FlashAttention 4's kernels, which FlexAttention calls with the same mask where it is told to. No GPU has
-    run it yet. Its gradients are added in no fixed order.
+    """`attention` by FlashAttention 4's kernels, which FlexAttention calls with the same mask where it is told to. They compile
+    for 9.0, and our mask in them is right (tests/flash_ahead.py); no GPU has run them yet. Their gradients are added in no
+    fixed order.
 
     Raises:
         NotImplementedError: whatever FlexAttention would not do so, or not with blocks of 128 queries and keys.

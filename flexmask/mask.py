@@ -338,7 +338,19 @@ def mask_mod(
 def _before_windows(subtree_end: Tensor, *, position_ids: Tensor, sliding_window: int) -> Tensor:
     """The last position before the window of each query: (batch, L up to whole blocks), because FlashAttention 4 may ask for
     the queries of a block that lie behind the end."""
+    return _before(position_ids, sliding_window)
+
+
+# An operator, or Inductor would put the subtraction into the mask, which it cannot.
+@torch.library.custom_op("flexmask::before_windows", mutates_args=())
+def _before(position_ids: Tensor, sliding_window: int) -> Tensor:
     return F.pad(position_ids - sliding_window, (0, -position_ids.shape[1] % BLOCK_SIZE))
+
+
+@_before.register_fake
+def _(position_ids, sliding_window):
+    batch, length = position_ids.shape
+    return position_ids.new_empty(batch, -(-length // BLOCK_SIZE) * BLOCK_SIZE)
 
 
 def score_mod(

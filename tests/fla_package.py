@@ -1,5 +1,6 @@
 """Packages apart from the environment: fla, which transformers would find there, and others that only a check needs."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ class NotInstallable(RuntimeError):
 
 def installed(requirements: Sequence[str] = (REQUIREMENT,)) -> Path:
     """A folder with them. Downloaded once."""
-    folder = CACHE / f"{requirements[0]}-cp{sys.version_info.major}{sys.version_info.minor}"
+    all_of_them = hashlib.sha256(" ".join((*requirements, sys.version)).encode()).hexdigest()[:8]
+    folder = CACHE / f"{requirements[0]}-{all_of_them}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # tests run in several processes
         if not folder.exists():

@@ -1,6 +1,6 @@
 """An H100 pretended to PyTorch's CPU build, far enough for Dynamo, autograd and Inductor to make code for fake CUDA tensors.
 
-Nothing can run on it. To be imported before torch; needs g++. It leans on names of PyTorch 2.13 that are not public.
+Nothing can run on it. `pretend` comes before the import of torch, and needs g++. It leans on private names of PyTorch 2.13.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ def missing() -> str | None:
 
 
 def _library() -> ctypes.CDLL:
-    assert "torch" not in sys.modules, "pretended_cuda must be imported before torch"
+    assert "torch" not in sys.modules, "torch must be imported after pretend()"
     root = Path(importlib.util.find_spec("torch").origin).parent
     with tempfile.TemporaryDirectory() as folder:
         command = ["g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", str(Path(__file__).with_suffix(".cpp"))]

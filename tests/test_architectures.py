@@ -193,6 +193,7 @@ def test_llama4_in_float64_and_compiled():
     model, data = tiny("llama4_text").double(), conversations()
     losses, _, _ = one_pass(model, data)
     _, batch = tree_batch(data)
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")(**batch).loss
     torch.testing.assert_close(compiled, model(**batch).loss)
     torch.testing.assert_close(torch.compile(model.float(), backend="aot_eager")(**batch).loss, compiled.float())

@@ -232,6 +232,19 @@ def test_flex_forward_on_cpu():
             close(found, expected, 1e-5)
 
 
+def test_flex_with_a_window_inside_a_compiled_function():
+    """The bug guarded: Inductor put what makes the window's tensor into the mask, and then found no kernel."""
+    torch._dynamo.reset()
+    q, k, v, _, ends, positions, visible = detached(problem(5, 300, dim=16, value_dim=16, dtype=torch.float32))
+    attend = torch.compile(
+        lambda *x: tree_attention(*x, ends, position_ids=positions, sliding_window=9, backend="flex")
+    )
+    with torch.no_grad():
+        expected = dense_attention(*(x.double() for x in (q, k, v)), visible, window=9, positions=positions)
+        close(attend(q, k, v), expected, 1e-5)
+    torch._dynamo.reset()
+
+
 def test_flex_raises_past_the_recompile_limit_and_never_runs_dense(monkeypatch):
     """The bug guarded: past dynamo's limit a compiled flex_attention silently materialised the L×L scores."""
     from flexmask.backends import flex

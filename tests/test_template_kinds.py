@@ -356,6 +356,32 @@ def test_content_left_out_by_a_template_that_continues_its_prompt(around, openin
         ]
 
 
+THOUGHT = "{% if m.reasoning_content %}Thought: {{ m.reasoning_content }}\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "before, opening",
+    [
+        (THOUGHT, ""),
+        (THOUGHT, "<c>"),
+        ("", "{{ m.reasoning_content or '' }}<c>"),
+        ("", "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}<c>"),
+    ],
+)
+def test_content_left_out_beside_reasoning_whose_place_is_not_known(before, opening):
+    """The bug guarded: the reasoning was trained twice."""
+    template = CONTINUES.replace("CONTENT", "{{ m.content }}").replace("OPENING", opening)
+    template = template.replace("<a>{% if m.", f"<a>{before}{{% if m.")
+    messages = [user("Q"), beside("First.", 1, 2), RESULT, beside("Then.", 3, 3) | {"reasoning_content": "R"}]
+    with pytest.raises(ConversationError, match=r"message 3 \(assistant\): .*its content as it is beside its calls"):
+        turns(template, messages)
+    template = template.replace(
+        before, "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    )
+    if before:
+        assert completions(template, messages)[1] == f'<think>R</think>Then.{opening}add{{"a": 3, "b": 3}}<|im_end|>'
+
+
 def test_content_left_out_where_a_first_call_does_not_continue_its_prompt():
     template = CONTINUES.replace("CONTENT", "{{ m.content }}").replace("OPENING", "<c>")
     template = template.replace("<a>{% if m.", "{% if ns.calls or not m.tool_calls %}<a>{% endif %}{% if m.")
@@ -412,6 +438,21 @@ def test_a_call_behind_a_tool_whose_prompt_opens_a_thought():
     found = completions(template, messages, reasoning_format="<think>\n{reasoning}\n</think>\n\n")
     assert found[1] == 'R\n</think>\n\n<c>add{"a": 3, "b": 3}<|im_end|>'
 
+    template = template.replace("'</out><think>\\n'", "'</out></turn><think>\\n'").replace("LATER", "<a><c>")
+    assert completions(template, [*messages[:3], answer("B", "R")])[1] == "R\n</think>\n\nB<|im_end|>"
+    assert completions(template, [*messages[:3], answer("B")])[1] == "\n</think>\n\nB<|im_end|>"
+
+
+def test_a_tag_before_answers_that_only_some_conversations_have():
+    template = (
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}<u>{{ m.content }}{% else %}<a></think>"
+        "{% if messages[0].role != 'system' %}<final>{% endif %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ messages[0].content if messages[0].role == 'system' }}<a><think>{% endif %}"
+    )
+    assert completions(template, [user("Q"), answer("A")]) == ["</think><final>A<|im_end|>"]
+    with pytest.raises(ConversationError, match=r"message 2 \(assistant\): .* does not continue its own prompt"):
+        turns(template, [{"role": "system", "content": "S"}, user("Q"), answer("A")])
+
 
 def test_reasoning_that_a_template_writes_behind_the_call():
     template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.reasoning_content }}")
@@ -435,6 +476,54 @@ def test_the_end_of_a_thought_that_is_said_is_one(said):
     assert len(turns(template, messages, reasoning_format=said, empty_reasoning="drop")) == 1
     with pytest.raises(ConversationError, match=r"message 3 .*would train an empty thought"):
         turns(template, messages, reasoning_format=said, empty_reasoning="error")
+
+
+@pytest.mark.parametrize(
+    "said, opening",
+    [
+        ("Steps: {reasoning} So ", "<|Source|>"),
+        ("<|channel|>analysis<|message|>{reasoning}\nfinal\n", "<|channel|>final<|message|>"),
+        ("({reasoning}>", "<c>"),
+    ],
+)
+def test_a_said_format_whose_end_is_part_of_what_the_template_writes(said, opening):
+    """The bug guarded: what opens the answer was cut in two."""
+    template = CHATML.replace("{{ m.content }}", f"{{{{ '{opening}' if m.role == 'assistant' }}}}{{{{ m.content }}}}")
+    messages = [user("Q"), answer("A"), user("Q2"), answer("B", "R")]
+    for options in ({}, {"empty_reasoning": "drop"}):
+        found = completions(template, messages, reasoning_format=said, **options)
+        assert found == [f"{opening}A<|im_end|>", said.format(reasoning="R") + f"{opening}B<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "prompt, opening, said, expected",
+    [
+        ("<think>", "", "<think>\n{reasoning}\n</think>\n\n", "\nR\n</think>\n\nA"),
+        ("<think>\n", "", "<think>{reasoning}</think>", "R</think>A"),
+        ("", "<answer>", "<think>{reasoning}</think>\n<answer>", "<think>R</think>\n<answer>A"),
+    ],
+)
+def test_a_said_format_of_which_the_template_writes_a_part(prompt, opening, said, expected):
+    """It is not written twice."""
+    template = CHATML.replace("assistant\n{% endif %}", f"assistant\n{{{{ {prompt!r} }}}}{{% endif %}}")
+    template = template.replace("{{ m.content }}", f"{{{{ '{opening}' if m.role == 'assistant' }}}}{{{{ m.content }}}}")
+    assert completions(template, [user("Q"), answer("A", "R")], reasoning_format=said) == [f"{expected}<|im_end|>"]
+
+
+def test_a_said_format_without_an_end_and_texts_that_hold_one():
+    tok = copy.deepcopy(tokenizer("qwen3"))
+    tok.chat_template = CHATML
+    [p] = render_passes([user("Q"), answer("A", "R")], tok, reasoning_format="T: {reasoning}\n\n", reasoning_weight=0)
+    assert tok.decode(p.input_ids[p.loss_mask & (np.array(p.token_weight) > 0)]) == "A<|im_end|>"
+    with pytest.raises(ConversationError, match=r"message 1 \(assistant\): its text holds '</reflect>'"):
+        turns(CHATML, [user("Q"), answer("x </reflect> y", "R")], reasoning_format="<reflect>{reasoning}</reflect>")
+
+
+def test_reasoning_that_stands_between_the_header_and_a_call():
+    """The bug guarded: the header was taken for what begins a thought, and answers began with its end."""
+    template = CONTINUES.replace("CONTENT", "{{ m.reasoning_content or '' }}").replace("OPENING", "<c>")
+    messages = [user("Q"), call(1, 2, "R"), RESULT, answer("A")]
+    assert completions(template, messages) == ['R<c>add{"a": 1, "b": 2}<|im_end|>', "A<|im_end|>"]
 
 
 def test_a_prompt_that_only_this_conversation_has():

@@ -16,7 +16,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 from transformers.utils import get_json_schema
@@ -207,7 +207,8 @@ class _Turn:
     kind: Kind
     template: Template
     prompt: str = ""
-    lead: str = ""  # of the completion: what comes before its first visible piece
+    thought: str = ""  # with which the completion begins, with what stands around it
+    opening: str = ""  # of the first visible piece
     completion: str = ""
 
 
@@ -267,8 +268,7 @@ class _Renderer:
 
     def _writes_empty_thought(self, turn: _Turn, template: Template) -> bool:
         try:
-            lead = template.lead(turn.kind)
-            return template.thinks(lead.before + lead.after)
+            return bool(template.lead(turn.kind).thought("").strip())
         except ConversationError:
             return False
 
@@ -284,15 +284,16 @@ class _Renderer:
         for turn, prompt, answered in zip(turns, prompts, all_answered):
             turn.prompt = prompt
             if turn.index in written:
-                turn.lead, visible = "", self._continued(turn, written[turn.index])
+                visible = self._continued(turn, written[turn.index])
             elif turn.kind.content and turn.kind.calls and CONTENT_MARK not in answered:
-                turn.lead, visible = self._parts_with_content(turn, answered)
+                turn.thought, turn.opening, visible = self._parts_with_content(turn, answered)
             else:
-                turn.lead, visible = self._parts(turn, answered)
+                turn.thought, turn.opening, visible = self._parts(turn, answered)
             # A content may end with a token that ends turns, and the template write none behind it.
             text = "" if turn.kind.calls else text_of(self._messages[turn.index]).strip()
             is_ended = not text or visible.strip() != text
-            completion = template.finished(turn.lead + visible, turn.kind.calls, self._options.end_of_turn, is_ended)
+            whole = turn.thought + turn.opening + visible
+            completion = template.finished(whole, turn.kind.calls, self._options.end_of_turn, is_ended)
             if completion is None:
                 raise self._error(
                     turn.index,
@@ -321,16 +322,17 @@ class _Renderer:
             )
         return completion
 
-    def _parts(self, turn: _Turn, answered: str) -> tuple[str, str]:
-        """Of the completion of a turn what comes before the first visible piece, and the rest."""
+    def _parts(self, turn: _Turn, answered: str) -> tuple[str, str, str]:
+        """Of the completion of a turn the thought, what opens the first visible piece, and the rest."""
         message, template, prompt = self._messages[turn.index], turn.template, turn.prompt
         at = visible_at(answered)
         shown = template.shown_lead(prompt, answered, message)
         usual = turn.index > 0 and turn.kind.follows != "assistant"
         if shown is not None and (usual or self._is_usual(turn, shown)):
-            return unmarked(answered[len(prompt) : at]), unmarked(answered[at:])
+            _, opening = template.split_thought(unmarked(shown[1] if turn.kind.reasoning else shown[0]))
+            return unmarked(answered[len(prompt) : at]).removesuffix(opening), opening, unmarked(answered[at:])
         if not (turn.kind.content or turn.kind.calls) and answered.startswith(prompt):
-            return unmarked(answered[len(prompt) :]), ""
+            return *template.split_thought(unmarked(answered[len(prompt) :])), ""
         if at < 0:
             raise self._not_rendered(turn, answered)
         if REASONING_MARK in answered[at:]:
@@ -343,11 +345,12 @@ class _Renderer:
         space = text[: len(text) - len(text.lstrip())]  # which belongs to the content, where the template leaves it
         at -= len(space) if answered[:at].endswith(space) else 0
         lead = self._lead(turn, answered)
-        if not template.opens(lead.opening, unmarked(answered[:at]), prompt):
+        called = turn.kind.calls and any(m.get("tool_calls") for m in self._messages[: turn.index])
+        if not template.opens(lead.opening, unmarked(answered[:at]), prompt, called):
             raise self._mismatch(turn, answered)
-        return lead.text(reasoning_of(message).strip()), unmarked(answered[at:])
+        return lead.thought(reasoning_of(message).strip()), lead.opening, unmarked(answered[at:])
 
-    def _parts_with_content(self, turn: _Turn, answered: str) -> tuple[str, str]:
+    def _parts_with_content(self, turn: _Turn, answered: str) -> tuple[str, str, str]:
         """As `_parts`, for content beside calls that the template leaves out behind earlier calls (DeepSeek-V3): as it writes
         the message where nothing was called before. But for the content, and for tags that may be missing, both must agree."""
         message, template = self._messages[turn.index], turn.template
@@ -364,15 +367,18 @@ class _Renderer:
         if min(at, call_alone, call) < 0 or not alone.startswith(header):
             raise self._not_rendered(turn, answered)
         content, before_call = text_of(message).strip(), unmarked(alone[at:call_alone])
-        thought, opening = template.split_thought(unmarked(alone[len(header) : at]))
+        thought_alone, opening = template.split_thought(alone[len(header) : at])
+        if REASONING_MARK in opening + alone[at:] + answered[call:]:
+            raise self._not_rendered(turn, answered)
+        opening = unmarked(opening)
         without_content = (opening + before_call.removeprefix(content).lstrip()).lstrip()
         agree = before_call.startswith(content) and alone[call_alone:] == answered[call:]
-        if not (agree and template.opens(without_content, unmarked(answered[:call]), turn.prompt)):
+        if not (agree and template.opens(without_content, unmarked(answered[:call]), turn.prompt, True)):
             raise self._not_rendered(turn, answered)
-        lead = replace(self._lead(turn, answered), opening="").text(reasoning_of(message).strip())
-        if thought and template.thinks(lead):  # the space behind it may be that before the call
-            lead = lead.rstrip() + thought[len(thought.rstrip()) :]
-        return lead + opening, unmarked(alone[at:])
+        thought = self._lead(turn, answered).thought(reasoning_of(message).strip())
+        if thought and thought_alone:  # the space behind it may be that before the call
+            thought = thought.rstrip() + thought_alone[len(thought_alone.rstrip()) :]
+        return thought, opening, unmarked(alone[at:])
 
     def _lead(self, turn: _Turn, answered: str) -> Lead:
         """How a turn is led in that the template itself does not show."""
@@ -395,7 +401,7 @@ class _Renderer:
             lead = turn.template.lead(turn.kind)
         except ConversationError as error:
             raise self._error(turn.index, str(error)) from error
-        return "".join(shown) == lead.text("")
+        return "".join(shown) == lead.thought("") + lead.opening
 
     def _apply(self, template: Template, conversations, turns: Sequence[_Turn], *, generate: bool = False) -> list[str]:
         try:
@@ -512,7 +518,7 @@ class _Renderer:
             )
         end = next((token for token in turn.template.closing_tokens if turn.completion.endswith(token)), "")
         self._check_control_tokens(turn, end)
-        visible = turn.completion[len(turn.lead) :].removesuffix(end)
+        visible = turn.completion[len(turn.thought + turn.opening) :].removesuffix(end)
         for text in (
             *_pieces(message),
             *_leaves([call["function"]["arguments"] for call in message.get("tool_calls", ())]),
@@ -529,9 +535,7 @@ class _Renderer:
         """The texts of a message hold nothing that would be read as the end of its thought; an end of its turn is counted."""
         message = self._messages[turn.index]
         texts = (reasoning_of(message), *_pieces(message))
-        closing = turn.template.closing_tokens
-        tags = (tag for thought in turn.template.thoughts for tag in thought if tag not in closing)
-        held = next((tag for tag in tags if any(tag in text for text in texts)), None)
+        held = next((tag for tag in turn.template.thought_tags if any(tag in text for text in texts)), None)
         if held:
             raise self._error(
                 turn.index,
@@ -567,7 +571,7 @@ class _Renderer:
 
     def _count(self, turns: Sequence[_Turn]) -> None:
         for turn in turns:
-            if not turn.kind.reasoning and turn.template.thinks(turn.lead):
+            if not turn.kind.reasoning and turn.thought.strip():
                 self._counts["empty thoughts trained"] += 1
         for name in self._arguments.keys() - self._template.variables:
             self._counts[f"conversations with a template argument {name!r} that the template does not read"] += 1
@@ -600,8 +604,7 @@ class _Renderer:
             if weights[k] != 1:
                 ends = np.array([end for _, end in encoded["offset_mapping"][len(turns) + k][skip:]])
                 token_weight = np.ones(len(loss_mask), np.float32)
-                thought, _ = turn.template.split_thought(turn.lead)
-                token_weight[len(prompt) :][ends <= len(anchor) + len(thought)] = weights[k]
+                token_weight[len(prompt) :][ends <= len(anchor) + len(turn.thought)] = weights[k]
             weight = float(self._messages[turn.index].get("weight", 1.0))
             passes.append(Pass(np.array(prompt + completion, np.int64), loss_mask, weight, token_weight))
         return passes

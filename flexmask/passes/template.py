@@ -58,9 +58,9 @@ class Lead:
     opening: str
     prompt_end: str
 
-    def text(self, reasoning: str) -> str:
-        """The whole of it."""
-        return self.before + reasoning + self.after + self.opening
+    def thought(self, reasoning: str) -> str:
+        """The whole of it but the opening."""
+        return self.before + reasoning + self.after
 
 
 class Mismatch(ConversationError):
@@ -106,14 +106,14 @@ class Template(ChatTemplate):
         error, text = found
         raise error(text)
 
-    def opens(self, opening: str, written: str, prompt: str) -> bool:
+    def opens(self, opening: str, written: str, prompt: str, called: bool) -> bool:
         """Whether what is written before a piece ends with its opening, and before that as the prompt does, or as one after a
-        user, but for a thought and for space. Tags at the beginning of the opening may be missing: DeepSeek-V3 opens the list
-        of calls once in a conversation, and leaves that out from then on. Anything else that differs may be what only this
-        conversation has (Cohere2MoE numbers its calls)."""
+        user, but for a thought and for space. Tags at the beginning of the opening of a call may be missing where there was
+        one before (`called`): DeepSeek-V3 opens the list of calls once in a conversation, and leaves that out from then on.
+        Anything else that differs may be what only this conversation has (Cohere2MoE numbers its calls)."""
         while not written.endswith(opening):
             tag = TAG.match(opening.lstrip())
-            if not tag:
+            if not (tag and called):
                 return False
             opening = opening.lstrip()[tag.end() :].lstrip()
         rest = written.removesuffix(opening)
@@ -124,7 +124,9 @@ class Template(ChatTemplate):
     def _find_lead(self, kind: Kind) -> Lead:
         prompt, answered, message = self._probe_ends(kind)
         found = self._shown(prompt, answered, message) or self._composed(kind, prompt, answered, message)
-        if any(piece in found.text("") for piece in (USER, NEXT, ANSWER, NAME, KEY, VALUE, call()["id"])):
+        if any(
+            piece in found.thought("") + found.opening for piece in (USER, NEXT, ANSWER, NAME, KEY, VALUE, call()["id"])
+        ):
             raise ConversationError("the chat template writes more of a call before its name, which is not supported")
         return found
 
@@ -147,7 +149,7 @@ class Template(ChatTemplate):
         same = len(header) if begin and kind.follows == "user" else len(common_start(header, answered))
         rest = header[same:]
         stub = answered[same : max(visible_at(answered), 0)] if answered.startswith(header[:same]) else ""
-        closed = self._is_closed(rest, stub)
+        closed = not begin and self._is_closed(rest, stub)
         if written is not None or (kind.reasoning and closed):
             raise self.mismatch(prompt, answered)
         if rest.strip() and not closed:
@@ -159,7 +161,12 @@ class Template(ChatTemplate):
         empty, opening = self.split_thought(stub.removeprefix(begin))
         if self._format and (kind.reasoning or begin):
             before, after = self._format.split("{reasoning}")
-            before = before if kind.reasoning and not prompt.endswith(before) else ""
+            if not kind.reasoning or prompt.endswith(before):
+                before = ""
+            elif begin.strip() and before.strip() == begin.strip():  # the prompt has it, but for space
+                before = before[len(before.rstrip()) + len(begin) - len(begin.rstrip()) :]
+            if opening.strip() and after.rstrip().endswith(opening.strip()):  # the format has it, too
+                after = after.rstrip().removesuffix(opening.strip())
             return Lead(before, after, _joined(after, opening), prompt)
         if begin:
             return Lead("", *self._end_of_thought(kind, begin, empty, opening), prompt)
@@ -291,24 +298,34 @@ class Template(ChatTemplate):
     @functools.cached_property
     def thoughts(self) -> list[tuple[str, str]]:
         """Begin and end of a thought, as the template writes them wherever it renders one."""
-        found = []
+        found, header = [], self._header_of_answers()
         for kind in (Kind("user", True, True, False), Kind("user", True, False, True)):
             for shown, after in self._renderings_with_reasoning(kind):
                 head = shown[: shown.index(REASONING_MARK) - 1][-60:]
                 begins = [head[tag.start() :].strip() for tag in TAG.finditer(head)]
                 named = [begin for begin in begins if re.search("think|thought|reason", begin, re.IGNORECASE)]
                 begin, end = (named or begins or [""])[-1], _END.match(after.lstrip())
-                if begin and end:
+                if begin and end and (named or not header.endswith(begin)):
                     # Some name what they end (Kimi-K3: <|close|>think<|sep|>).
                     end = end[0] if end["name"] and end["name"] in begin else end["tag"]
                     found += [(begin, end)] if (begin, end) not in found else []
         return found
 
+    def _header_of_answers(self) -> str:
+        """A prompt, without space at its end, that an answer without reasoning continues as it is; "" if none does."""
+        context, message = probe(Kind("user", False, True, False))
+        prompt, answered = self._probed(context, generate=True), self._probed([*context, message])
+        return prompt.rstrip() if prompt and answered and answered.startswith(prompt + ANSWER) else ""
+
     @functools.cached_property
     def _ends(self) -> list[str]:
-        said = (self._format or "").partition("{reasoning}")[2].strip()
-        ends = [*(end for _, end in self.thoughts), "</think>", "[/THINK]", said]
-        return [*dict.fromkeys(filter(None, ends))]
+        return [*dict.fromkeys([*(end for _, end in self.thoughts), "</think>", "[/THINK]"])]
+
+    @functools.cached_property
+    def thought_tags(self) -> list[str]:
+        """What a text of a message must not hold: what stands around thoughts, and does not end turns."""
+        tags = [*(tag for thought in self.thoughts for tag in thought), *TAG.findall(self._format or "")]
+        return [tag for tag in dict.fromkeys(tags) if tag not in self.closing_tokens]
 
     def _renderings_with_reasoning(self, kind: Kind) -> list[tuple[str, str]]:
         """A message of this kind with all ways of switching thinking on, where its reasoning is shown; and what follows it."""

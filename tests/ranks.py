@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from models import tiny
-from peak_memory import peak_bytes
+from peak_memory import allocated_bytes
 from reference import conversation_passes
 from test_branches import ROWS
 from torch.distributed.fsdp import fully_shard
@@ -110,7 +110,7 @@ def peaks() -> tuple[int, int]:
 
     shared_batch = share_row(batch, dist.group.WORLD)
     step(shared_batch)  # what the first step alone allocates
-    return tuple(peak_bytes(lambda of=of: step(of), runs=3) for of in (shared_batch, batch))
+    return tuple(allocated_bytes(lambda of=of: step(of)) for of in (shared_batch, batch))
 
 
 def tensor_parallel(folder: Path) -> tuple:

@@ -5,7 +5,6 @@ import pytest
 import torch
 from launching import found_by_two
 from models import tiny
-from peak_memory import needs_linux
 from ranks import SHARED
 from test_branches import ROWS, same, whole
 from test_transformers import Vocabulary
@@ -50,7 +49,6 @@ def test_flex_on_two_ranks(of_two):
     torch.testing.assert_close(of_two["flex"], expected.detach(), rtol=1e-6, atol=0)
 
 
-@needs_linux
 def test_memory_of_a_rank_is_about_half(of_two):
     shared, whole_row = of_two["peaks"]
     assert shared < 0.6 * whole_row
